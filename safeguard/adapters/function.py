@@ -1,0 +1,329 @@
+"""Guard any function, async function, generator or async generator that takes a prompt."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from safeguard import flow
+from safeguard.adapters.messages import is_chat, judged_turns
+from safeguard.driving import adrive, drive
+from safeguard.guards import Guard
+from safeguard.judging import Piece, image_piece, text_piece
+from safeguard.policy import Policy
+from safeguard.streams import GuardedStream
+from safeguard.types import Action, Modality, Span, Task
+
+T = TypeVar("T")
+
+PROMPT_NAMES = ("prompt", "prompts", "messages", "message", "query", "question", "instruction", "text", "texts")
+"""Argument names taken for the prompt, best first, where the user names none."""
+
+Reader = Callable[[Any], Any]
+
+
+def wrap(
+    target: T,
+    guard: Guard,
+    *,
+    prompt: str | Sequence[str] | None = None,
+    task: Task | None = None,
+    output: Reader | None = None,
+) -> T:
+    """Return a twin of `target` that is guarded; `target` itself stays as it is.
+
+    prompt: name of the argument, or names when there are several, the main one first; found by name when not given.
+    Arguments with "prompt" in their name are judged as well. task: "llm" for text made from text, "t2i" for images;
+    read from the return annotation when not given, else "llm". output: takes what is judged (text or image) out of
+    the result, where the result is something else, such as a response object.
+
+    The prompt may be a text, a list of texts (the function then gives a list as long) or chat messages.
+    Raises TypeError when it cannot be told which argument is the prompt.
+    """
+    func: Any = target
+    if isinstance(func, staticmethod):
+        return staticmethod(wrap(func.__func__, guard, prompt=prompt, task=task, output=output))  # type: ignore[return-value]
+    if isinstance(func, classmethod):
+        raise TypeError("put @guard below @classmethod, so that it wraps the function itself")
+    if getattr(func, "__safeguard__", None) is not None:
+        raise TypeError(f"{_name(func)} is guarded already")
+    signature = inspect.signature(func)
+    names = _prompt_names(func, signature, prompt)
+    how = task or _task_of(signature)
+    modality: Modality = "image" if how == "t2i" else "text"
+    guard.route(how, modality)  # what is missing is said now
+    call = _Call(func, signature, names, guard, how, modality, output)
+    kind = func if inspect.isroutine(func) or isinstance(func, functools.partial) else type(func).__call__
+    if inspect.isasyncgenfunction(kind):
+        twin: Any = call.async_stream
+    elif inspect.isgeneratorfunction(kind):
+        twin = call.stream
+    elif inspect.iscoroutinefunction(kind):
+        twin = call.async_once
+    else:
+        twin = call.once
+    return _dressed(twin, func, guard)  # type: ignore[no-any-return]
+
+
+def _dressed(method: Any, func: Any, guard: Guard) -> Any:
+    """A plain function, so that it binds as a method and shows its own kind (async, generator) to frameworks."""
+    if inspect.isasyncgenfunction(method):
+
+        async def guarded(*args: Any, **kwargs: Any) -> Any:
+            async for text in method(args, kwargs):
+                yield text
+    elif inspect.isgeneratorfunction(method):
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
+            yield from method(args, kwargs)
+    elif inspect.iscoroutinefunction(method):
+
+        async def guarded(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
+            return await method(args, kwargs)
+    else:
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
+            return method(args, kwargs)
+
+    if hasattr(func, "__name__"):
+        functools.update_wrapper(guarded, func)
+    else:  # a callable object or a partial
+        guarded.__doc__ = func.__doc__
+        guarded.__signature__ = inspect.signature(func)  # type: ignore[attr-defined]
+    guarded.__safeguard__ = guard  # type: ignore[attr-defined]
+    return guarded
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__qualname__", type(func).__name__))
+
+
+def _prompt_names(func: Any, signature: inspect.Signature, wanted: str | Sequence[str] | None) -> tuple[str, ...]:
+    plain = [
+        p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    if wanted is not None:
+        names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+        unknown = [n for n in names if n not in plain and not open_ended]
+        if unknown or not names:
+            raise TypeError(f"{_name(func)} has no argument {', '.join(unknown)}; it has {', '.join(plain) or 'none'}")
+    else:
+        found = next((n for n in PROMPT_NAMES if n in plain), None)
+        rest = [n for n in plain if n not in ("self", "cls")]
+        if found is None and len(rest) == 1:
+            found = rest[0]
+        if found is None:
+            raise TypeError(
+                f"cannot tell which argument of {_name(func)} is the prompt; say guard(..., prompt='name'), "
+                f"one of {', '.join(rest) or 'none'}"
+            )
+        names = (found,)
+    return (*names, *(n for n in plain if "prompt" in n and n not in names))
+
+
+def _task_of(signature: inspect.Signature) -> Task:
+    annotation = signature.return_annotation
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "") + str(annotation)
+    return "t2i" if any(word in text for word in ("Image", "ndarray", "Tensor")) else "llm"
+
+
+class _Call:
+    """What is known of a guarded function; its four methods are the four kinds of function."""
+
+    def __init__(
+        self,
+        func: Any,
+        signature: inspect.Signature,
+        names: tuple[str, ...],
+        guard: Guard,
+        task: Task,
+        modality: Modality,
+        output: Reader | None,
+    ) -> None:
+        self.func, self.signature, self.names = func, signature, names
+        self.guard, self.task, self.modality, self.output = guard, task, modality, output
+
+    def once(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        job = _FunctionJob(self, args, kwargs)
+        outcome = drive(flow.run(self.guard.route(self.task, self.modality), job))
+        return self.guard.settle(outcome.flat, job.assemble(outcome))
+
+    async def async_once(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        job = _FunctionJob(self, args, kwargs, on_loop=True)
+        outcome = await adrive(flow.run(self.guard.route(self.task, self.modality), job))
+        return self.guard.settle(outcome.flat, job.assemble(outcome))
+
+    def stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+        job = _FunctionJob(self, args, kwargs, streamed=True)
+        route = self.guard.route(self.task, "text")
+        (item,) = drive(flow.judge_asks(route, job.asks, flow.Budget(route.policy)))
+        if item.asked is Action.BLOCK:
+            report = flow.make_report(route, job.asks[0], item.texts, item.verdicts, item.asked)
+            yield self.guard.settle([report], route.policy.placeholder_text)
+            return
+        yield from GuardedStream(self.guard, route, job.asks[0], item).run(job.call(item.texts))
+
+    async def async_stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AsyncIterator[Any]:
+        job = _FunctionJob(self, args, kwargs, streamed=True)
+        route = self.guard.route(self.task, "text")
+        (item,) = await adrive(flow.judge_asks(route, job.asks, flow.Budget(route.policy)))
+        if item.asked is Action.BLOCK:
+            report = flow.make_report(route, job.asks[0], item.texts, item.verdicts, item.asked)
+            yield self.guard.settle([report], route.policy.placeholder_text)
+            return
+        async for text in GuardedStream(self.guard, route, job.asks[0], item).arun(job.call(item.texts)):
+            yield text
+
+
+class _FunctionJob:
+    """One call of a guarded function, as the flow sees it."""
+
+    def __init__(
+        self,
+        call: _Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        on_loop: bool = False,
+        streamed: bool = False,
+    ) -> None:
+        self._call, self.on_loop = call, on_loop
+        self.task, self.modality = call.task, call.modality
+        self._bound = call.signature.bind(*args, **kwargs)
+        self._values = self._arguments()
+        lengths = {len(v) for v in self._values.values() if _is_batch(v)}
+        if len(lengths) > 1:
+            raise ValueError(f"prompt lists must be of one length, got {sorted(lengths)}")
+        self._rows = lengths.pop() if lengths else None
+        if streamed and self._rows is not None:
+            raise TypeError("a streaming function takes one prompt at a time, got a list")
+        rows = call.guard.policy.max_items
+        if self._rows is not None and self._rows > rows:
+            raise ValueError(f"a call may have at most {rows} prompts (max_items), got {self._rows}")
+        self.asks = [self._ask(row) for row in range(1 if self._rows is None else self._rows)]
+
+    def _arguments(self) -> dict[str, Any]:
+        """Prompt arguments of this call by name, defaults and `**kwargs` included."""
+        self._bound.apply_defaults()
+        loose: Mapping[str, Any] = {}
+        for p in self._call.signature.parameters.values():
+            if p.kind is p.VAR_KEYWORD:
+                loose = self._bound.arguments.get(p.name, {})
+        found = {n: {**loose, **self._bound.arguments}.get(n) for n in self._call.names}
+        found.update({n: v for n, v in loose.items() if "prompt" in n})
+        return {n: v for n, v in found.items() if v is not None}
+
+    def _ask(self, row: int) -> flow.Ask:
+        texts: dict[str, str] = {}
+        for name, value in self._values.items():
+            value = value[row] if _is_batch(value) else value
+            if is_chat(value):
+                texts.update({f"{name}[{i}]": text for i, text in judged_turns(value, self._call.guard.policy.history)})
+            else:
+                texts[name] = value  # what is no text is refused by the flow
+        return flow.Ask(texts)
+
+    def call(self, texts: flow.Texts) -> Any:
+        """Run the function for one ask."""
+        return self._invoke([texts])
+
+    def first(self, texts: Sequence[flow.Texts | None]) -> Any:
+        if self._rows is None:
+            return self._one(texts[0] or {})
+        live = [i for i, t in enumerate(texts) if t is not None]
+        return self._many([t for t in texts if t is not None], live, len(texts))
+
+    def again(self, ask: int, place: int, texts: flow.Texts) -> Any:
+        return self._single(texts, [ask])
+
+    def _one(self, texts: flow.Texts) -> Any:
+        result = self._invoke([texts])
+        if self.on_loop:
+            return _then(result, lambda value: [[value]])
+        return [[result]]
+
+    def _many(self, texts: Sequence[flow.Texts], live: list[int], total: int) -> Any:
+        result = self._invoke(texts, live)
+
+        def place(values: Any) -> list[list[Any]]:
+            if not isinstance(values, list | tuple) or len(values) != len(live):
+                got = f"{len(values)} results" if isinstance(values, list | tuple) else type(values).__name__
+                raise TypeError(f"a function called with {len(live)} prompts must give a list as long, got {got}")
+            made: list[list[Any]] = [[] for _ in range(total)]
+            for i, value in zip(live, values, strict=True):
+                made[i] = [value]
+            return made
+
+        return _then(result, place) if self.on_loop else place(result)
+
+    def _single(self, texts: flow.Texts, rows: list[int]) -> Any:
+        result = self._invoke([texts], rows)
+        if self._rows is None:
+            return result
+        return _then(result, lambda values: values[0]) if self.on_loop else result[0]
+
+    def _invoke(self, texts: Sequence[flow.Texts], rows: list[int] | None = None) -> Any:
+        """Call the function with these texts; other lists as long as the batch are narrowed to the same rows."""
+        bound = inspect.BoundArguments(self._call.signature, dict(self._bound.arguments))  # type: ignore[arg-type]
+        for p in self._call.signature.parameters.values():
+            value = bound.arguments.get(p.name)
+            if p.kind is p.VAR_KEYWORD and value:
+                bound.arguments[p.name] = {n: self._narrow(n, v, texts, rows) for n, v in value.items()}
+            elif p.name in bound.arguments and p.kind is not p.VAR_POSITIONAL:
+                bound.arguments[p.name] = self._narrow(p.name, value, texts, rows)
+        return self._call.func(*bound.args, **bound.kwargs)
+
+    def _narrow(self, name: str, value: Any, texts: Sequence[flow.Texts], rows: list[int] | None) -> Any:
+        if name not in self._values:
+            if rows is not None and _is_batch(value) and len(value) == self._rows:
+                return [value[i] for i in rows]
+            return value
+        if not _is_batch(value):
+            return _put(name, value, texts[0])
+        chosen = range(len(texts)) if rows is None else rows
+        return [_put(name, value[i], t) for i, t in zip(chosen, texts, strict=True)]
+
+    def pieces(self, outputs: Sequence[Any], policy: Policy) -> list[Piece]:
+        read = self._call.output
+        values = [read(o) if read is not None else o for o in outputs]
+        if self.modality == "text":
+            return [text_piece("output", value, policy) for value in values]
+        return [image_piece(value) for value in values]
+
+    def placeholder(self, output: Any) -> Any:
+        policy = self._call.guard.policy
+        if self.modality == "text":
+            return policy.placeholder_text
+        from safeguard.adapters.pictures import placeholder
+
+        return placeholder(output, policy.placeholder_image)
+
+    def redact(self, output: Any, spans: Sequence[Span]) -> Any:
+        if not isinstance(output, str):  # a response object: the cut text cannot be put back into it
+            return self.placeholder(output)
+        return flow.cut_spans(output, spans, self._call.guard.policy.placeholder_text or "[redacted]")
+
+    def assemble(self, outcome: flow.Outcome) -> Any:
+        values = [row[0] for row in outcome.outputs]
+        return values[0] if self._rows is None else values
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, list | tuple) and not is_chat(value)
+
+
+def _put(name: str, value: Any, texts: flow.Texts) -> Any:
+    """An argument with its texts as the flow left them; chat messages are copied, never changed in place."""
+    if not is_chat(value):
+        return texts.get(name, value)
+    return [
+        {**turn, "content": texts[f"{name}[{i}]"]} if f"{name}[{i}]" in texts else turn
+        for i, turn in enumerate(value)
+    ]
+
+
+async def _then(awaitable: Any, change: Callable[[Any], Any]) -> Any:
+    return change(await awaitable)

@@ -1,0 +1,387 @@
+"""What happens in a guarded call: judge the prompt, refine it, generate, judge the result, try again.
+
+Written once as a generator over a `Job`, which is one call as its adapter sees it; `safeguard.driving` runs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+from safeguard.driving import Step
+from safeguard.judging import Budget, Piece, Surface, strongest, text_piece
+from safeguard.policy import Policy
+from safeguard.types import Action, Modality, Refiner, RefineRequest, Report, Span, Task, Verdict
+
+log = logging.getLogger(__name__)
+
+Texts = Mapping[str, str]
+"""Argument name to text; the first is the prompt proper, the one that is refined after a generation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What one item of a call asks for: its texts by argument name, and the names of inputs that nobody can read."""
+
+    texts: Texts
+    unseen: tuple[str, ...] = ()
+    outputs: int = 1
+
+
+class Job(Protocol):
+    """One guarded call as its adapter sees it.
+
+    `first` makes the outputs of every ask, in order (a list per ask, `outputs` long); asks whose text is None were
+    refused and get nothing made. `again` makes one more output for one place. Both may be coroutine functions when
+    `on_loop` is true. `pieces` gives what the checks should see of each output.
+    """
+
+    task: Task
+    modality: Modality
+    on_loop: bool
+    asks: Sequence[Ask]
+
+    def first(self, texts: Sequence[Texts | None]) -> Any: ...
+    def again(self, ask: int, place: int, texts: Texts) -> Any: ...
+    def pieces(self, outputs: Sequence[Any], policy: Policy) -> Sequence[Piece]: ...
+    def placeholder(self, output: Any) -> Any: ...
+    def redact(self, output: Any, spans: Sequence[Span]) -> Any: ...
+
+
+@dataclass(slots=True)
+class Item:
+    """One ask, or one output of it, on its way through the flow."""
+
+    texts: dict[str, str]
+    verdicts: list[Verdict] = field(default_factory=list)
+    asked: Action = Action.ALLOW  # what became of the prompt
+    made: Action = Action.ALLOW  # what the policy says of the latest output
+    refined: bool = False
+    rounds: int = 0
+    output: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Result of a flow: per ask its outputs (placeholders where withheld) and their reports."""
+
+    outputs: list[list[Any]]
+    reports: list[list[Report]]
+
+    @property
+    def flat(self) -> list[Report]:
+        """All reports, ask by ask."""
+        return [r for reports in self.reports for r in reports]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The parts of a guard that one kind of call needs."""
+
+    policy: Policy
+    inputs: Surface
+    outputs: Surface
+    refiner: Refiner | None
+    salt: bytes
+
+
+def judge_asks(route: Route, asks: Sequence[Ask], budget: Budget) -> Generator[Step, Any, list[Item]]:
+    """Judge all texts of all asks, refine or redact what the policy says, and judge the new texts again."""
+    policy = route.policy
+    items = [Item(dict(ask.texts)) for ask in asks]
+    yield from _judge_texts(route, items, [list(item.texts) for item in items], budget)
+    for item, ask in zip(items, asks, strict=True):
+        if ask.unseen and policy.unseen_input == "block" and route.inputs.checks:
+            unseen = [Piece(name, (), 0, f"{name} cannot be seen by any check") for name in ask.unseen]
+            rows = yield from route.inputs.judge(unseen, budget)
+            item.verdicts += [v for row in rows for v in row]
+        item.asked = strongest(item.verdicts)
+    todo = [item for item in items if item.asked in (Action.REFINE, Action.REDACT)]
+    if todo:
+        changed = yield from _rewrite(route, todo, budget)
+        again = [item for item, names in zip(todo, changed, strict=True) if names]
+        before = [len(item.verdicts) for item in again]
+        yield from _judge_texts(route, again, [names for names in changed if names], budget)
+        passed = {
+            id(item)
+            for item, n in zip(again, before, strict=True)
+            if strongest(item.verdicts[n:]).passes and _rest_passes(item, n)
+        }
+        for item in todo:
+            if id(item) not in passed:
+                item.asked = Action.BLOCK
+            else:
+                item.refined = item.asked is Action.REFINE
+    return items
+
+
+def _rest_passes(item: Item, n: int) -> bool:
+    """Whether the texts that were not judged again had passed the first time."""
+    again = {v.source for v in item.verdicts[n:]}
+    return all(v.action.passes for v in item.verdicts[:n] if v.source not in again)
+
+
+def _judge_texts(
+    route: Route, items: Sequence[Item], names: Sequence[Sequence[str]], budget: Budget
+) -> Generator[Step, Any, None]:
+    """Judge the named texts of each item; verdicts are added to the items."""
+    places = [(item, name) for item, wanted in zip(items, names, strict=True) for name in wanted]
+
+    def read() -> list[Piece]:
+        return [
+            text_piece(name, item.texts[name], route.policy, 1 + _last_round(item, "input", name))
+            for item, name in places
+        ]
+
+    long = sum(len(t) for item, name in places if isinstance(t := item.texts[name], str)) > 10_000
+    pieces = (yield Step(read)) if long else read()  # long texts are not normalised on an event loop
+    rows = yield from route.inputs.judge(pieces, budget)
+    for (item, name), row in zip(places, rows, strict=True):
+        if route.policy.negative_prompt == "report" and name.startswith("negative_prompt"):
+            row = [_report_only(v) for v in row]
+        item.verdicts += row
+
+
+def _last_round(item: Item, stage: str, source: str) -> int:
+    return max((v.round for v in item.verdicts if v.stage == stage and v.source == source), default=-1)
+
+
+def _report_only(verdict: Verdict) -> Verdict:
+    return verdict if verdict.error or verdict.action.passes else replace(verdict, action=Action.MONITOR)
+
+
+def _rewrite(route: Route, items: Sequence[Item], budget: Budget) -> Generator[Step, Any, list[list[str]]]:
+    """Refine or redact the flagged texts of each item in place; returns the names of the texts that changed."""
+    changed: list[list[str]] = [[] for _ in items]
+    places: list[tuple[int, str]] = []
+    requests: list[RefineRequest] = []
+    for i, item in enumerate(items):
+        for name in item.texts:
+            verdicts = [v for v in item.verdicts if v.source == name and not v.action.passes]
+            if not verdicts:
+                continue
+            spans = tuple(s for v in verdicts for s in v.spans)
+            if strongest(verdicts) is Action.REDACT:
+                text = cut_spans(item.texts[name], spans, route.policy.placeholder_text)
+                if text != item.texts[name]:
+                    item.texts[name] = text
+                    changed[i].append(name)
+            elif strongest(verdicts) is Action.REFINE:
+                flagged = tuple(dict.fromkeys(c for v in verdicts for c in v.flagged))
+                places.append((i, name))
+                requests.append(RefineRequest(item.texts[name], flagged, spans))
+    texts = yield from _refine(route, requests, budget)
+    for (i, name), text in zip(places, texts, strict=True):
+        if text is not None and text != items[i].texts[name]:
+            items[i].texts[name] = text
+            changed[i].append(name)
+    return changed
+
+
+def _refine(
+    route: Route, requests: Sequence[RefineRequest], budget: Budget
+) -> Generator[Step, Any, list[str | None]]:
+    """A rewrite per request; None where there is no refiner, or it failed or gave no text (so the item is blocked)."""
+    if not requests or route.refiner is None:
+        return [None] * len(requests)
+    started = time.perf_counter()
+    try:
+        texts = yield Step(partial(route.refiner, list(requests)), budget.timeout_s())
+    except Exception as exc:
+        log.error("refiner failed: refiner=%s items=%d error=%s", route.refiner.name, len(requests), type(exc).__name__)
+        texts = None
+    finally:
+        budget.spend(time.perf_counter() - started)
+    if texts is None or isinstance(texts, str) or len(texts) != len(requests):
+        return [None] * len(requests)
+    return [text if isinstance(text, str) and text.strip() else None for text in texts]
+
+
+def run(route: Route, job: Job) -> Generator[Step, Any, Outcome]:
+    """The whole guarded call: prompts judged, outputs made and judged, rounds, one report per output."""
+    budget = Budget(route.policy)
+    asks = yield from judge_asks(route, job.asks, budget)
+    texts = [None if ask.asked is Action.BLOCK else ask.texts for ask in asks]
+    made: Sequence[Sequence[Any]] = [[] for _ in asks]
+    if any(t is not None for t in texts):
+        made = yield Step(partial(job.first, texts), on_loop=job.on_loop)
+    items: list[list[Item]] = []
+    for ask, spec, outputs in zip(asks, job.asks, made, strict=True):
+        refused = ask.asked is Action.BLOCK
+        items.append(
+            [
+                Item(dict(ask.texts), list(ask.verdicts), ask.asked, Action.ALLOW, ask.refined, 0, output)
+                for output in ([None] * spec.outputs if refused else outputs)
+            ]
+        )
+    yield from _judge_outputs(route, job, [i for row in items for i in row if i.asked is not Action.BLOCK], budget)
+    for a, row in enumerate(items):
+        for place, item in enumerate(row):
+            if item.made in (Action.REFINE, Action.REGENERATE):
+                yield from _more_rounds(route, job, a, place, item, budget)
+    return _settle(route, job, items, budget)
+
+
+def _judge_outputs(route: Route, job: Job, items: Sequence[Item], budget: Budget) -> Generator[Step, Any, None]:
+    """Judge the present output of each item."""
+    if not items or not route.outputs.checks:
+        return
+    started = time.perf_counter()
+    try:
+        pieces = yield Step(partial(job.pieces, [item.output for item in items], route.policy))
+    except Exception as exc:
+        log.error("output cannot be read: items=%d error=%s", len(items), type(exc).__name__)
+        pieces = [Piece("output", (), 0, f"output cannot be read ({type(exc).__name__})")] * len(items)
+    budget.spend(time.perf_counter() - started)
+    pieces = [
+        replace(piece, round=1 + _last_round(item, "output", piece.source))
+        for piece, item in zip(pieces, items, strict=True)
+    ]
+    rows = yield from route.outputs.judge(pieces, budget)
+    for item, row in zip(items, rows, strict=True):
+        item.verdicts += row
+        item.made = strongest(row)
+
+
+def _more_rounds(
+    route: Route, job: Job, a: int, place: int, item: Item, budget: Budget
+) -> Generator[Step, Any, None]:
+    """Iterative refinement of one output: original prompt and latest result in, new prompt or new seed, judged again.
+
+    Unlike the published loop the last result is judged too; what is still unsafe then is blocked.
+    """
+    main = next(iter(job.asks[a].texts), None)
+    for number in range(1, route.policy.max_rounds + 1):
+        if item.made is Action.REFINE and main is not None:
+            unsafe = yield from _refine_again(route, job.asks[a].texts[main], main, item, number, budget)
+            if unsafe:
+                break
+        item.output = yield Step(partial(job.again, a, place, dict(item.texts)), on_loop=job.on_loop)
+        item.rounds = number
+        yield from _judge_outputs(route, job, [item], budget)
+        if item.made not in (Action.REFINE, Action.REGENERATE):
+            return
+    item.made = Action.BLOCK
+
+
+def _refine_again(
+    route: Route, original: str, main: str, item: Item, number: int, budget: Budget
+) -> Generator[Step, Any, bool]:
+    """Rewrite the prompt after a flagged result; true when the new prompt itself is unsafe."""
+    flagged = tuple(dict.fromkeys(c for v in item.verdicts if v.stage == "output" for c in v.flagged))
+    request = RefineRequest(original, flagged, (), item.output, number)
+    (text,) = yield from _refine(route, [request], budget)
+    if text is None or text == item.texts[main] or (text == original and item.refined):
+        return False  # nothing new to say: the round still gets a new seed
+    before = len(item.verdicts)
+    item.texts[main] = text
+    yield from _judge_texts(route, [item], [[main]], budget)
+    item.refined = True
+    return not strongest(item.verdicts[before:]).passes
+
+
+def _settle(route: Route, job: Job, items: Sequence[Sequence[Item]], budget: Budget) -> Outcome:
+    """Carry out the final actions and write the reports."""
+    each_ms = budget.spent_ms / max(sum(len(row) for row in items), 1)
+    outputs: list[list[Any]] = []
+    reports: list[list[Report]] = []
+    for ask, row in zip(job.asks, items, strict=True):
+        done = [_carry_out(job, item) for item in row]
+        outputs.append([output for output, _ in done])
+        reports.append(
+            [_report(route, ask, item, action, each_ms) for item, (_, action) in zip(row, done, strict=True)]
+        )
+    return Outcome(outputs, reports)
+
+
+def _carry_out(job: Job, item: Item) -> tuple[Any, Action]:
+    """The output as it is handed on, and what was finally done to the item."""
+    output = item.output
+    if Action.BLOCK in (item.asked, item.made):
+        return job.placeholder(output), Action.BLOCK
+    if item.made is Action.REPLACE:
+        return job.placeholder(output), Action.REPLACE
+    if item.made is Action.REDACT:
+        last = _last_round(item, "output", "output")
+        spans = [s for v in item.verdicts if v.stage == "output" and v.round == last for s in v.spans]
+        if not spans:  # flagged as a whole: there is no place to cut
+            return job.placeholder(output), Action.BLOCK
+        return job.redact(output, spans), Action.REDACT
+    if item.refined:
+        return output, Action.REFINE
+    if item.rounds:
+        return output, Action.REGENERATE
+    return output, max(item.asked, item.made, key=lambda a: a.strength)
+
+
+def make_report(
+    route: Route,
+    ask: Ask,
+    texts: Texts,
+    verdicts: Sequence[Verdict],
+    action: Action,
+    *,
+    refined: bool = False,
+    rounds: int = 0,
+    ms: float = 0.0,
+) -> Report:
+    """The report on one item; texts are what its prompt became."""
+    original = next(iter(ask.texts.values()), None)
+    revised = next(iter(texts.values()), None)
+    return Report(
+        action,
+        tuple(verdicts),
+        revised if revised != original else None,
+        route.refiner.name if refined and route.refiner is not None else None,
+        rounds,
+        ms,
+        route.policy.name,
+        route.policy.digest,
+        hash_of(original, route.salt),
+    )
+
+
+def _report(route: Route, ask: Ask, item: Item, action: Action, ms: float) -> Report:
+    return make_report(
+        route, ask, item.texts, item.verdicts, action, refined=item.refined, rounds=item.rounds, ms=ms
+    )
+
+
+def input_reports(route: Route, asks: Sequence[Ask]) -> Generator[Step, Any, list[Report]]:
+    """Judge asks alone, refined where the policy says so; never generates."""
+    budget = Budget(route.policy)
+    items = yield from judge_asks(route, asks, budget)
+    each_ms = budget.spent_ms / max(len(items), 1)
+    return [_report(route, ask, item, item.asked, each_ms) for ask, item in zip(asks, items, strict=True)]
+
+
+def output_reports(route: Route, pieces: Sequence[Piece]) -> Generator[Step, Any, list[Report]]:
+    """Judge results alone; what would be regenerated or refined says so."""
+    budget = Budget(route.policy)
+    rows = yield from route.outputs.judge(pieces, budget)
+    each_ms = budget.spent_ms / max(len(rows), 1)
+    empty = Ask({})
+    return [_report(route, empty, Item({}, row, strongest(row)), strongest(row), each_ms) for row in rows]
+
+
+def cut_spans(text: str, spans: Sequence[Span], placeholder: str) -> str:
+    """The text with each flagged place replaced; overlapping places are one place."""
+    out: list[str] = []
+    end = 0
+    for span in sorted(spans, key=lambda s: (s.start, s.end)):
+        if span.start >= end:
+            out += [text[end : span.start], placeholder]
+        end = max(end, span.end)
+    return "".join([*out, text[end:]])
+
+
+def hash_of(text: str | None, salt: bytes) -> str | None:
+    """First 12 hex digits of a salted hash: enough to find a text again, not to recover it."""
+    if not isinstance(text, str):
+        return None
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=salt, digest_size=6).hexdigest()

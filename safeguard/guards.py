@@ -1,0 +1,270 @@
+"""The guard: checks, refiner and policy in one frozen object that is itself the decorator."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import os
+import threading
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from safeguard import flow, registry
+from safeguard.driving import adrive, drive
+from safeguard.errors import Blocked, CheckFailed, CheckTimeout, MissingExtra, PackNotFound, UnseenInput
+from safeguard.judging import TIMED_OUT, Piece, Surface, image_piece, text_piece
+from safeguard.policy import Policy
+from safeguard.streams import GuardedStream
+from safeguard.types import Action, Check, Modality, Refiner, Report, Stage, Task
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+SurfaceName = tuple[Stage, str]
+
+_captures: contextvars.ContextVar[tuple[list[Report], ...]] = contextvars.ContextVar("captures", default=())
+
+
+@contextmanager
+def capture() -> Iterator[list[Report]]:
+    """Collect the reports of all guarded calls made inside the block, in this thread or task and what it starts."""
+    reports: list[Report] = []
+    token = _captures.set((*_captures.get(), reports))
+    try:
+        yield reports
+    finally:
+        _captures.reset(token)
+
+
+class _Loaded:
+    """Checks, surfaces and refiner of a guard, each loaded once, when first needed."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.checks: dict[str, Check[Any]] = {}
+        self.surfaces: dict[SurfaceName, Surface] = {}
+        self.refiner: Refiner | None = None
+        self.routes: dict[tuple[Task, Modality], flow.Route] = {}
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Checks before and after, a refiner between. Call it on a pipeline, a model or a function to guard that.
+
+    inputs and outputs are check objects used besides those that the policy names. on_report is called with every
+    report of a guarded call, for audit; what it raises ends the call. salt keys the content hashes in reports;
+    give one to compare hashes between processes. Safe to use from several threads and tasks.
+    """
+
+    inputs: Sequence[Check[Any]] = ()
+    outputs: Sequence[Check[Any]] = ()
+    refiner: Refiner | None = None
+    policy: Policy = field(default_factory=Policy)
+    on_report: Callable[[Report], None] | None = None
+    device: str = "cpu"
+    salt: bytes = field(default_factory=lambda: os.urandom(16), repr=False)
+    _loaded: _Loaded = field(default_factory=_Loaded, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.salt) <= 64:
+            raise ValueError(f"salt must be 1 to 64 bytes, got {len(self.salt)}")
+
+    @classmethod
+    def from_preset(cls, name: str = "standard", **parts: Any) -> Self:
+        """The guard of a policy that ships with the package; parts are fields such as `inputs` or `on_report`."""
+        return cls(policy=Policy.preset(name), **parts)
+
+    @classmethod
+    def from_file(cls, path: str | Path, **parts: Any) -> Self:
+        """The guard of a policy file (YAML, TOML or JSON)."""
+        return cls(policy=Policy.from_file(path), **parts)
+
+    # --- wrap ---------------------------------------------------------------------------------
+
+    def __call__(self, target: T, /, **how: Any) -> T:
+        """Guard `target`: a diffusers pipeline or transformers model in place, a function by a guarded twin.
+
+        how goes to the adapter: `prompt` (name of the prompt argument), `task` ("t2i" or "llm"), `tokenizer`, ...
+        Models named by the policy are loaded now, so that what is missing is said here and not in the first call.
+        Raises TypeError for what cannot be guarded.
+        """
+        known = registry.names("adapters")
+        for base in type(target).__mro__:
+            name = f"{base.__module__.split('.')[0]}.{base.__qualname__}"
+            if name in known:
+                return registry.load("adapters", name)(target, self, **how)  # type: ignore[no-any-return]
+        if callable(target) and not isinstance(target, type):
+            return registry.load("adapters", "builtins.function")(target, self, **how)  # type: ignore[no-any-return]
+        raise TypeError(
+            f"cannot guard {type(target).__name__}; give a function, a diffusers pipeline or a transformers model"
+        )
+
+    # --- check only: never generates ----------------------------------------------------------
+
+    def check_input(self, texts: str | Sequence[str], *, task: Task = "llm") -> list[Report]:
+        """Judge prompts, one report each; where the policy refines, the report has the revised prompt."""
+        asks = [flow.Ask({"prompt": text}) for text in _as_list(texts)]
+        return self.tell(drive(flow.input_reports(self.route(task, "text"), self._limited(asks))))
+
+    async def acheck_input(self, texts: str | Sequence[str], *, task: Task = "llm") -> list[Report]:
+        """`check_input` for an event loop."""
+        asks = [flow.Ask({"prompt": text}) for text in _as_list(texts)]
+        return self.tell(await adrive(flow.input_reports(self.route(task, "text"), self._limited(asks))))
+
+    def check_output(self, items: Any, *, modality: Modality = "text") -> list[Report]:
+        """Judge results, one report each: texts, or images (PIL, arrays, tensors), alone or in a list."""
+        pieces = self._pieces(self._limited(_as_list(items)), modality)
+        return self.tell(drive(flow.output_reports(self.route("llm", modality), pieces)))
+
+    async def acheck_output(self, items: Any, *, modality: Modality = "text") -> list[Report]:
+        """`check_output` for an event loop."""
+        import asyncio
+
+        listed = self._limited(_as_list(items))
+        pieces = await asyncio.to_thread(self._pieces, listed, modality)
+        return self.tell(await adrive(flow.output_reports(self.route("llm", modality), pieces)))
+
+    def stream(self, chunks: Iterable[str]) -> Iterator[str]:
+        """Yield streamed text only after it was judged with what follows it, by the policy's `stream` rules.
+
+        Raises Blocked at the first flagged text, after closing the source.
+        """
+        return GuardedStream(self, self.route("llm", "text"), flow.Ask({})).run(chunks)
+
+    def astream(self, chunks: AsyncIterable[str]) -> AsyncIterator[str]:
+        """`stream` for an event loop."""
+        return GuardedStream(self, self.route("llm", "text"), flow.Ask({})).arun(chunks)
+
+    def _pieces(self, items: Sequence[Any], modality: Modality) -> list[Piece]:
+        if modality == "text":
+            return [text_piece("output", item, self.policy) for item in items]
+        return [image_piece(item) for item in items]
+
+    def _limited(self, items: list[T]) -> list[T]:
+        if len(items) > self.policy.max_items:
+            raise ValueError(f"a call may have at most {self.policy.max_items} items (max_items), got {len(items)}")
+        return items
+
+    # --- for adapters -------------------------------------------------------------------------
+
+    def route(self, task: Task, modality: Modality) -> flow.Route:
+        """What a call of this kind goes through; loads what it needs the first time."""
+        found = self._loaded.routes.get((task, modality))
+        if found is not None:
+            return found
+        with self._loaded.lock:
+            inputs = self._surface("input", task, "text")
+            outputs = self._surface("output", modality, modality)
+            refines = any(
+                Action.REFINE in (s.rules.action, *(r.action for r in s.rules.categories.values()))
+                for s in (inputs, outputs)
+            )
+            refiner = self._refiner() if refines else None
+            found = flow.Route(self.policy, inputs, outputs, refiner, self.salt)
+            self._loaded.routes[task, modality] = found
+            return found
+
+    def tell(self, reports: list[Report]) -> list[Report]:
+        """Hand reports to `on_report` and to the `capture` blocks around; returns them."""
+        for report in reports:
+            if not report.action.passes:
+                log.info("%s: %s policy=%s", report.action.value, report.summary(), report.policy)
+            if self.on_report is not None:
+                self.on_report(report)
+        for captured in _captures.get():
+            captured.extend(reports)
+        return reports
+
+    def settle(self, reports: list[Report], output: T) -> T:
+        """Tell the reports; then return the output, or raise when something is blocked and the policy says raise."""
+        self.tell(reports)
+        if self.policy.on_block == "replace":
+            return output
+        blocked = [r for r in reports if r.action is Action.BLOCK]
+        if not blocked:
+            return output
+        judged = [r for r in blocked if not r.failed]
+        if judged:
+            raise Blocked(reports, output)
+        raise _failure(blocked[0], reports, output)
+
+    def _surface(self, stage: Stage, name: str, modality: Modality) -> Surface:
+        key = (stage, name)
+        if key not in self._loaded.surfaces:
+            rules = self.policy.rules(stage, name)  # type: ignore[arg-type]  # rules() refuses other names
+            own = self.inputs if stage == "input" else self.outputs
+            checks = [c for c in own if c.modality == modality]
+            checks += [self._check(spec) for spec in rules.checks]
+            for spec in rules.optional_checks:
+                try:
+                    checks.append(self._check(spec))
+                except (PackNotFound, MissingExtra):
+                    log.info("optional check is not installed: check=%s", spec)
+            self._loaded.surfaces[key] = Surface(stage, modality, rules, checks, self.policy)
+        return self._loaded.surfaces[key]
+
+    def _check(self, spec: str) -> Check[Any]:
+        if spec not in self._loaded.checks:
+            from safeguard.checks.loading import load_check
+
+            self._loaded.checks[spec] = load_check(spec, device=self.device)
+        return self._loaded.checks[spec]
+
+    def _refiner(self) -> Refiner | None:
+        if self.refiner is not None or self.policy.refiner is None:
+            return self.refiner
+        if self._loaded.refiner is None:
+            name, _, argument = self.policy.refiner.partition(":")
+            factory = registry.load("refiners", name)
+            self._loaded.refiner = factory(argument) if argument else factory()
+        return self._loaded.refiner
+
+
+def _failure(first: Report, reports: list[Report], output: Any) -> CheckFailed:
+    verdict = next(v for v in first.verdicts if v.error)
+    kind = CheckFailed
+    if verdict.error == TIMED_OUT:
+        kind = CheckTimeout
+    elif verdict.check == "safeguard":
+        kind = UnseenInput
+    return kind(verdict.check, verdict.error or "failed", reports=reports, output=output)
+
+
+def _as_list(items: Any) -> list[Any]:
+    if isinstance(items, list | tuple):
+        return list(items)
+    return [items]
+
+
+def guard(
+    target: Any = None,
+    /,
+    *,
+    preset: str | None = None,
+    policy: Policy | str | Path | None = None,
+    inputs: Sequence[Check[Any]] = (),
+    outputs: Sequence[Check[Any]] = (),
+    refiner: Refiner | None = None,
+    on_report: Callable[[Report], None] | None = None,
+    device: str = "cpu",
+    **how: Any,
+) -> Any:
+    """Guard a pipeline, a model or a function; without a target, the decorator that does.
+
+    preset is "standard" unless a policy (an object or a file) is given. how goes to the adapter, see `Guard.__call__`.
+    """
+    if preset is not None and policy is not None:
+        raise ValueError("give preset or policy, not both")
+    if isinstance(policy, str | Path):
+        policy = Policy.from_file(policy)
+    made = Guard(inputs, outputs, refiner, policy or Policy.preset(preset or "standard"), on_report, device)
+    if target is not None:
+        return made(target, **how)
+
+    def decorate(wanted: T) -> T:
+        return made(wanted, **how)
+
+    return decorate

@@ -1,0 +1,263 @@
+"""From content to verdicts: runs the checks of one surface over all readings of each piece, closed when in doubt."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from safeguard.driving import Step, StepTimeout
+from safeguard.policy import Policy, Rules
+from safeguard.text import View, views
+from safeguard.types import Action, Check, Coverage, Finding, Modality, Scores, Span, Stage, Verdict
+
+log = logging.getLogger(__name__)
+
+TIMED_OUT = "timed out"
+"""What a verdict says of a check that ran out of its time."""
+
+Judging = Generator[Step, Any, "list[list[Verdict]]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One thing to judge: where it came from, and all readings of it that checks should see.
+
+    views: for text its readings with offsets, for images the pictures (frames, with and without alpha). unseen says
+    why it cannot be judged at all.
+    """
+
+    source: str
+    views: tuple[Any, ...]
+    round: int = 0
+    unseen: str | None = None
+
+
+def text_piece(source: str, text: Any, policy: Policy, number: int = 0) -> Piece:
+    """A piece of text, in its raw and its normalised reading; unseen when it is no text or too long."""
+    if not isinstance(text, str):
+        return Piece(source, (), number, f"{source} must be text, got {type(text).__name__}")
+    if len(text) > policy.max_chars:
+        return Piece(source, (), number, f"{source} has {len(text)} characters, more than max_chars {policy.max_chars}")
+    return Piece(source, views(text), number)
+
+
+def image_piece(image: Any) -> Piece:
+    """A piece of one picture; image checks look at all its frames and backgrounds themselves."""
+    return Piece("output", (image,))
+
+
+class Budget:
+    """Time left for the guard's own work in one call; a piece of work gets the smaller of its limits."""
+
+    __slots__ = ("_each", "_left", "spent_ms")
+
+    def __init__(self, policy: Policy) -> None:
+        self._each = policy.check_timeout_s
+        self._left = policy.total_timeout_s
+        self.spent_ms = 0.0
+
+    def timeout_s(self) -> float | None:
+        """Seconds that the next step may take, None for any."""
+        if self._left is None:
+            return self._each
+        left = max(self._left, 1e-6)
+        return left if self._each is None else min(left, self._each)
+
+    def spend(self, seconds: float) -> None:
+        """Book what a step took."""
+        self.spent_ms += seconds * 1e3
+        if self._left is not None:
+            self._left -= seconds
+
+
+@dataclass
+class Surface:
+    """One place where content is judged: its rules, its checks and their thresholds, worked out once."""
+
+    stage: Stage
+    modality: Modality
+    rules: Rules
+    checks: Sequence[Check[Any]]
+    policy: Policy
+    _judged: dict[tuple[int, str], tuple[float, Action] | None] = field(default_factory=dict)
+
+    def judge(self, pieces: Sequence[Piece], budget: Budget) -> Judging:
+        """One list of verdicts per piece, in order. Never raises for what a check does: that becomes an error."""
+        out: list[list[Verdict]] = [[] for _ in pieces]
+        if not self.checks:
+            return out
+        seen = []
+        for i, piece in enumerate(pieces):
+            if piece.views and piece.unseen is None:
+                seen.append(i)
+            else:
+                out[i].append(self._failed("safeguard", piece, piece.unseen or "nothing to look at", 0.0))
+        if not seen:
+            return out
+        for number, check in enumerate(self.checks):
+            started = time.perf_counter()
+            batch, places = _flatten([pieces[i] for i in seen], self.modality)
+            results = yield from self._run(check, batch, budget)
+            took = time.perf_counter() - started
+            budget.spend(took)
+            each_ms = took * 1e3 / len(seen)
+            for i, rows in zip(seen, places, strict=True):
+                out[i].append(self._verdict(number, check, pieces[i], [results[r] for r in rows], each_ms))
+        return out
+
+    def _run(self, check: Check[Any], batch: list[Any], budget: Budget) -> Generator[Step, Any, list[Finding | str]]:
+        """A finding per reading, or what went wrong with it. One bad item does not take its neighbours with it."""
+        try:
+            found = yield Step(partial(_call, check, batch), budget.timeout_s())
+        except StepTimeout:
+            log.error("check timed out: check=%s items=%d", check.name, len(batch))
+            return [TIMED_OUT] * len(batch)
+        except Exception as exc:
+            log.error("check failed: check=%s items=%d error=%s", check.name, len(batch), type(exc).__name__)
+            if len(batch) == 1:
+                return [f"failed with {type(exc).__name__}"]
+        else:
+            return list(found)
+        results: list[Finding | str] = []
+        for item in batch:
+            results += yield from self._run(check, [item], budget)
+        return results
+
+    def _verdict(
+        self, number: int, check: Check[Any], piece: Piece, results: list[Finding | str], ms: float
+    ) -> Verdict:
+        """The worst of all readings of one piece, judged."""
+        errors = [r for r in results if isinstance(r, str)]
+        if errors:
+            return self._failed(check.name, piece, errors[0], ms)
+        findings = [r for r in results if isinstance(r, Finding)]
+        scores = _worst([f.scores for f in findings])
+        thresholds: dict[str, float] = {}
+        flagged: list[str] = []
+        action = Action.ALLOW
+        for category, score in scores.items():
+            judged = self._threshold(number, check, category)
+            if judged is None:
+                continue
+            thresholds[category] = judged[0]
+            if score >= judged[0]:
+                flagged.append(category)
+                if judged[1].strength > action.strength:
+                    action = judged[1]
+        if self.policy.mode == "monitor" and flagged:
+            action = Action.MONITOR
+        return Verdict(
+            check.name,
+            self.stage,
+            action,
+            scores,
+            thresholds,
+            tuple(flagged),
+            _spans(piece, findings, flagged) if flagged else (),
+            _coverage(findings),
+            ms,
+            getattr(check, "digest", None),
+            None,
+            piece.source,
+            piece.round,
+        )
+
+    def _threshold(self, number: int, check: Check[Any], category: str) -> tuple[float, Action] | None:
+        """Threshold and action of a category of a check, None where it is not judged."""
+        key = (number, category)
+        if key not in self._judged:
+            points: Mapping[str, Mapping[str, float]] = getattr(check, "operating_points", None) or {}
+            threshold = self.rules.threshold_of(category, points.get(self.policy.operating_point or "", {}))
+            self._judged[key] = None if threshold is None else (threshold, self.rules.action_of(category))
+        return self._judged[key]
+
+    def _failed(self, check: str, piece: Piece, why: str, ms: float) -> Verdict:
+        """The verdict on what could not be judged: the policy's on_error, and never a silent pass."""
+        open_ = self.policy.on_error == "allow" or self.policy.mode == "monitor"
+        if open_:
+            log.warning("not judged and let through by policy: check=%s source=%s", check, piece.source)
+        action = Action.MONITOR if open_ else Action.BLOCK
+        return Verdict(
+            check, self.stage, action, {}, latency_ms=ms, error=why, source=piece.source, round=piece.round
+        )
+
+
+def _call(check: Check[Any], batch: list[Any]) -> list[Finding | str]:
+    """Run a check and look at every number it gives; what is not a probability is an error of that item."""
+    rows = check(batch)
+    if len(rows) != len(batch):
+        raise ValueError(f"check {check.name!r} gave {len(rows)} results for {len(batch)} items")
+    return [_finding(row) for row in rows]
+
+
+def _finding(row: Finding | Scores) -> Finding | str:
+    finding = row if isinstance(row, Finding) else Finding(row)
+    if not finding.scores:
+        return "gave no scores"
+    for category, score in finding.scores.items():
+        if not 0.0 <= score <= 1.0:  # also false for NaN
+            kind = "NaN" if math.isnan(score) else f"{score:g}"
+            return f"gave {kind} for {category!r}, scores must be in [0, 1]"
+    return finding
+
+
+def _flatten(pieces: Sequence[Piece], modality: Modality) -> tuple[list[Any], list[list[int]]]:
+    """All readings in one batch, and for each piece the rows that are its own. Equal texts are scored once."""
+    batch: list[Any] = []
+    places: list[list[int]] = []
+    known: dict[str, int] = {}
+    for piece in pieces:
+        rows: list[int] = []
+        for view in piece.views:
+            if modality != "text":
+                rows.append(len(batch))
+                batch.append(view)
+                continue
+            row = known.setdefault(view.text, len(batch))
+            if row == len(batch):
+                batch.append(view.text)
+            rows.append(row)
+        places.append(rows)
+    return batch, places
+
+
+def _worst(all_scores: Sequence[Scores]) -> dict[str, float]:
+    if len(all_scores) == 1:
+        return {c: float(s) for c, s in all_scores[0].items()}
+    worst: dict[str, float] = {}
+    for scores in all_scores:
+        for category, score in scores.items():
+            worst[category] = max(float(score), worst.get(category, 0.0))
+    return worst
+
+
+def _spans(piece: Piece, findings: Sequence[Finding], flagged: Sequence[str]) -> tuple[Span, ...]:
+    """Places of the flagged categories in the original text, each once, in order."""
+    found: dict[tuple[int, int, str], float] = {}
+    for view, finding in zip(piece.views, findings, strict=True):
+        if not isinstance(view, View):
+            continue
+        for span in finding.spans:
+            if span.category in flagged:
+                start, end = view.span(span.start, span.end)
+                key = (start, end, span.category)
+                found[key] = max(found.get(key, 0.0), span.score)
+    return tuple(Span(start, end, category, score) for (start, end, category), score in sorted(found.items()))
+
+
+def _coverage(findings: Sequence[Finding]) -> Coverage | None:
+    """The reading of which least was seen."""
+    known = [f.coverage for f in findings if f.coverage is not None]
+    return min(known, key=lambda c: c.checked / max(c.total, 1), default=None)
+
+
+def strongest(verdicts: Sequence[Verdict]) -> Action:
+    """The strongest action among verdicts; allow where there are none."""
+    return max((v.action for v in verdicts), key=lambda a: a.strength, default=Action.ALLOW)
+
+
