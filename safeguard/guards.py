@@ -96,7 +96,7 @@ class Guard:
             name = f"{base.__module__.split('.')[0]}.{base.__qualname__}"
             if name in known:
                 return registry.load("adapters", name)(target, self, **how)  # type: ignore[no-any-return]
-        if callable(target) and not isinstance(target, type):
+        if (callable(target) or isinstance(target, classmethod)) and not isinstance(target, type):
             return registry.load("adapters", "builtins.function")(target, self, **how)  # type: ignore[no-any-return]
         raise TypeError(
             f"cannot guard {type(target).__name__}; give a function, a diffusers pipeline or a transformers model"

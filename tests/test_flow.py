@@ -1,0 +1,477 @@
+"""The guarded call: what is judged when, what is refined, what is made again, and that doubt is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from safeguard import (
+    Action,
+    Blocked,
+    CheckFailed,
+    CheckTimeout,
+    Guard,
+    Policy,
+    RefineRequest,
+    UnseenInput,
+    capture,
+)
+from safeguard.testing import FailingCheck, HangingCheck, ScoreCheck, SwapRefiner, WordCheck
+
+
+def policy(**parts: Any) -> Policy:
+    return Policy.from_data(parts)
+
+
+def llm(action: str, **parts: Any) -> Policy:
+    return policy(input={"llm": {"action": action}}, **parts)
+
+
+def text(action: str, **parts: Any) -> Policy:
+    return policy(output={"text": {"action": action}}, **parts)
+
+
+def echo(prompt: str) -> str:
+    return prompt
+
+
+class Script:
+    """A generating function that gives the next of its answers, and remembers the prompts it was given."""
+
+    def __init__(self, *answers: str) -> None:
+        self.answers, self.prompts = list(answers), []  # type: ignore[var-annotated]
+
+    def __call__(self, prompt: str) -> str:
+        self.prompts.append(prompt)
+        return self.answers[len(self.prompts) - 1]
+
+
+# --- before generation ------------------------------------------------------------------------
+
+
+def test_clean_prompt_reaches_the_function_byte_for_byte() -> None:
+    assert Guard(inputs=[WordCheck("knife")])(echo)("a  loaf\n") == "a  loaf\n"
+
+
+def test_unsafe_prompt_never_reaches_the_function() -> None:
+    script = Script("answer")
+    with pytest.raises(Blocked):
+        Guard(inputs=[WordCheck("knife")])(script)("a knife")
+    assert script.prompts == []
+
+
+def test_blocked_error_names_check_category_and_score_and_no_content() -> None:
+    with pytest.raises(Blocked, match=r"^blocked by words: bad 1\.00$"):
+        Guard(inputs=[WordCheck("knife")])(echo)("a knife")
+
+
+def test_refined_prompt_is_what_the_function_gets() -> None:
+    guard = Guard(inputs=[WordCheck("knife")], refiner=SwapRefiner({"knife": "spoon"}), policy=llm("refine"))
+    assert guard(echo)("a knife") == "a spoon"
+
+
+def test_refined_prompt_is_checked_again_before_use() -> None:
+    check = WordCheck("knife", "dagger")
+    guard = Guard(inputs=[check], refiner=SwapRefiner({"knife": "dagger"}), policy=llm("refine"))
+    with pytest.raises(Blocked):
+        guard(echo)("a knife")
+    assert check.seen == ["a knife", "a dagger"]
+
+
+def test_without_a_refiner_what_should_be_refined_is_blocked() -> None:
+    with pytest.raises(Blocked):
+        Guard(inputs=[WordCheck("knife")], policy=llm("refine"))(echo)("a knife")
+
+
+def test_refiner_is_told_what_was_flagged_and_where() -> None:
+    refiner = SwapRefiner({"knife": "spoon"})
+    Guard(inputs=[WordCheck("knife")], refiner=refiner, policy=llm("refine"))(echo)("a knife")
+    (request,) = refiner.requests
+    assert (request.flagged, [(s.start, s.end) for s in request.spans]) == (("bad",), [(2, 7)])
+
+
+@pytest.mark.parametrize("answer", [[], ["a", "b"], [None], [""], ["  "], "a spoon", None])
+def test_refiner_that_gives_nothing_usable_blocks(answer: Any) -> None:
+    class Odd:
+        name = "odd"
+
+        def __call__(self, requests: Sequence[RefineRequest], /) -> Any:
+            return answer
+
+    with pytest.raises(Blocked):
+        Guard(inputs=[WordCheck("knife")], refiner=Odd(), policy=llm("refine"))(echo)("a knife")
+
+
+def test_refiner_that_raises_blocks() -> None:
+    class Broken:
+        name = "broken"
+
+        def __call__(self, requests: Sequence[RefineRequest], /) -> list[str]:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(Blocked):
+        Guard(inputs=[WordCheck("knife")], refiner=Broken(), policy=llm("refine"))(echo)("a knife")
+
+
+def test_redacted_prompt_loses_the_flagged_words_only() -> None:
+    guard = Guard(inputs=[WordCheck("knife")], policy=llm("redact", placeholder_text="[...]"))
+    assert guard(echo)("a knife here") == "a [...] here"
+
+
+def test_monitor_action_lets_pass_and_says_so() -> None:
+    with capture() as reports:
+        assert Guard(inputs=[WordCheck("knife")], policy=llm("monitor"))(echo)("a knife") == "a knife"
+    assert (reports[0].action, reports[0].flagged) == (Action.MONITOR, ("bad",))
+
+
+def test_monitor_mode_changes_nothing_even_when_a_check_fails() -> None:
+    guard = Guard(inputs=[FailingCheck()], outputs=[WordCheck("knife")], policy=policy(mode="monitor"))
+    assert guard(echo)("a knife") == "a knife"
+
+
+def test_strongest_action_of_several_categories_wins() -> None:
+    check = ScoreCheck({"x": {"mild": 0.9, "grave": 0.9}})
+    rules = {"action": "refine", "categories": {"grave": {"action": "block"}}}
+    guard = Guard(inputs=[check], refiner=SwapRefiner({"x": "y"}), policy=policy(input={"llm": rules}))
+    with pytest.raises(Blocked):
+        guard(echo)("x")
+
+
+# --- after generation -------------------------------------------------------------------------
+
+
+def test_unsafe_answer_is_blocked() -> None:
+    with pytest.raises(Blocked):
+        Guard(outputs=[WordCheck("knife")])(echo)("a knife")
+
+
+def test_replaced_answer_does_not_raise() -> None:
+    guard = Guard(outputs=[WordCheck("knife")], policy=text("replace", placeholder_text="(withheld)"))
+    assert guard(echo)("a knife") == "(withheld)"
+
+
+def test_on_block_replace_gives_the_placeholder() -> None:
+    guard = Guard(outputs=[WordCheck("knife")], policy=policy(on_block="replace", placeholder_text="(withheld)"))
+    assert guard(echo)("a knife") == "(withheld)"
+
+
+def test_redacted_answer_loses_the_flagged_words_only() -> None:
+    guard = Guard(outputs=[WordCheck("knife")], policy=text("redact"))
+    assert guard(echo)("a knife here") == "a [redacted] here"
+
+
+def test_answer_flagged_as_a_whole_cannot_be_redacted_and_is_blocked() -> None:
+    check = ScoreCheck({"vile": {"bad": 0.9}})
+    with pytest.raises(Blocked):
+        Guard(outputs=[check], policy=text("redact"))(echo)("vile")
+
+
+def test_regenerated_answer_is_judged_and_returned() -> None:
+    script = Script("a knife", "a spoon")
+    with capture() as reports:
+        answer = Guard(outputs=[WordCheck("knife")], policy=text("regenerate"))(script)("cutlery")
+    assert (answer, reports[0].action, reports[0].rounds) == ("a spoon", Action.REGENERATE, 1)
+
+
+def test_last_round_is_judged_too() -> None:
+    # max_rounds 2: one first answer and two more, all unsafe; the published loop would return the third
+    script = Script("knife 1", "knife 2", "knife 3", "a spoon")
+    with pytest.raises(Blocked):
+        Guard(outputs=[WordCheck("knife")], policy=text("regenerate", max_rounds=2))(script)("cutlery")
+    assert len(script.prompts) == 3
+
+
+def test_iterative_refinement_gives_the_refiner_the_original_prompt_and_the_latest_answer() -> None:
+    refiner = SwapRefiner({"cutlery": "plates"})
+    script = Script("knife 1", "knife 2", "a plate")
+    guard = Guard(outputs=[WordCheck("knife")], refiner=refiner, policy=text("refine"))
+    assert guard(script)("cutlery") == "a plate"
+    assert [(r.prompt, r.result, r.round) for r in refiner.requests] == [
+        ("cutlery", "knife 1", 1),
+        ("cutlery", "knife 2", 2),
+    ]
+    assert script.prompts == ["cutlery", "plates", "plates"]
+
+
+def test_prompt_refined_after_generation_is_checked_before_use() -> None:
+    script = Script("knife", "never made")
+    guard = Guard(
+        inputs=[WordCheck("dagger")],
+        outputs=[WordCheck("knife")],
+        refiner=SwapRefiner({"cutlery": "dagger"}),
+        policy=text("refine"),
+    )
+    with pytest.raises(Blocked):
+        guard(script)("cutlery")
+    assert script.prompts == ["cutlery"]
+
+
+# --- batches ----------------------------------------------------------------------------------
+
+
+def shout(prompts: list[str]) -> list[str]:
+    return [p.upper() for p in prompts]
+
+
+def test_blocked_item_of_a_batch_leaves_its_neighbours_whole() -> None:
+    with pytest.raises(Blocked) as info:
+        Guard(inputs=[WordCheck("knife")])(shout)(["a", "a knife", "b"])
+    assert info.value.output == ["A", "", "B"]
+    assert [r.action for r in info.value.reports] == [Action.ALLOW, Action.BLOCK, Action.ALLOW]
+
+
+def test_refused_item_of_a_batch_is_not_generated() -> None:
+    seen: list[list[str]] = []
+
+    def spy(prompts: list[str]) -> list[str]:
+        seen.append(prompts)
+        return prompts
+
+    Guard(inputs=[WordCheck("knife")], policy=policy(on_block="replace"))(spy)(["a", "a knife", "b"])
+    assert seen == [["a", "b"]]
+
+
+def test_check_that_fails_on_one_item_blocks_that_item_alone() -> None:
+    check = FailingCheck(when=lambda item: item == "odd")
+    with pytest.raises(CheckFailed) as info:
+        Guard(inputs=[check])(shout)(["a", "odd", "b"])
+    assert info.value.output == ["A", "", "B"]
+
+
+def test_equal_texts_of_a_batch_are_scored_once() -> None:
+    check = WordCheck("knife")
+    Guard(inputs=[check])(shout)(["a", "a", "a"])
+    assert check.seen == ["a"]
+
+
+def test_batch_larger_than_the_limit_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 2 prompts"):
+        Guard(inputs=[WordCheck("knife")], policy=policy(max_items=2))(shout)(["a", "b", "c"])
+
+
+# --- closed when in doubt ---------------------------------------------------------------------
+
+
+class Odd:
+    """A check whose results are whatever the test says."""
+
+    name = "odd"
+    modality = "text"
+
+    def __init__(self, results: Callable[[Sequence[str]], Any]) -> None:
+        self._results = results
+
+    def __call__(self, batch: Sequence[str], /) -> Any:
+        return self._results(batch)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, -0.1, 1.1])
+def test_score_that_is_no_probability_is_an_error_and_closed(score: float) -> None:
+    with pytest.raises(CheckFailed, match=r"scores must be in \[0, 1\]"):
+        Guard(inputs=[ScoreCheck({}, {"bad": score})])(echo)("hello")
+
+
+@pytest.mark.parametrize(
+    "results",
+    [lambda b: [], lambda b: [{}], lambda b: None, lambda b: [None], lambda b: [{"bad": "high"}], lambda b: [{"bad": None}]],
+    ids=["too few", "no scores", "None", "row None", "text score", "None score"],
+)
+def test_malformed_result_of_a_check_is_an_error_and_closed(results: Callable[[Sequence[str]], Any]) -> None:
+    with pytest.raises(CheckFailed, match="check 'odd'"):
+        Guard(inputs=[Odd(results)])(echo)("hello")
+
+
+def test_failed_check_is_counted_apart_from_a_block() -> None:
+    with capture() as reports, pytest.raises(CheckFailed, match="'failing' failed with RuntimeError"):
+        Guard(inputs=[FailingCheck()])(echo)("hello")
+    assert (reports[0].blocked, reports[0].failed, reports[0].flagged) == (True, True, ())
+
+
+def test_real_block_beats_a_failure_in_the_same_batch() -> None:
+    check = FailingCheck(when=lambda item: item == "odd")
+    with pytest.raises(Blocked):
+        Guard(inputs=[check, WordCheck("knife")])(shout)(["odd", "a knife"])
+
+
+def test_on_error_allow_lets_pass_and_logs_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    guarded = Guard(inputs=[FailingCheck()], policy=policy(on_error="allow"))(echo)
+    with caplog.at_level("WARNING", "safeguard"):
+        assert guarded("hello") == "hello"
+    assert "let through by policy" in caplog.text
+
+
+def test_guard_is_usable_after_a_failure() -> None:
+    guarded = Guard(inputs=[FailingCheck(when=lambda item: item == "odd")])(echo)
+    with pytest.raises(CheckFailed):
+        guarded("odd")
+    assert guarded("hello") == "hello"
+
+
+def test_hanging_check_times_out_and_blocks() -> None:
+    check = HangingCheck()
+    with pytest.raises(CheckTimeout, match="'hanging' timed out"):
+        Guard(inputs=[check], policy=policy(check_timeout_s=0.05))(echo)("hello")
+    check.release()
+
+
+def test_hanging_check_times_out_on_an_event_loop_too() -> None:
+    check = HangingCheck()
+
+    async def reply(prompt: str) -> str:
+        return prompt
+
+    with pytest.raises(CheckTimeout):
+        asyncio.run(Guard(inputs=[check], policy=policy(check_timeout_s=0.05))(reply)("hello"))
+    check.release()
+
+
+def test_total_time_is_shared_by_all_checks() -> None:
+    class Slow:
+        modality = "text"
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __call__(self, batch: Sequence[str], /) -> list[dict[str, float]]:
+            time.sleep(0.15)
+            return [{"bad": 0.0} for _ in batch]
+
+    with pytest.raises(CheckTimeout, match="'second' timed out"):
+        Guard(inputs=[Slow("first"), Slow("second")], policy=policy(total_timeout_s=0.2))(echo)("hello")  # type: ignore[list-item]
+
+
+def test_oversize_prompt_is_refused_unread() -> None:
+    with pytest.raises(UnseenInput, match="prompt has 11 characters, more than max_chars 10"):
+        Guard(inputs=[WordCheck("knife")], policy=policy(max_chars=10))(echo)("x" * 11)
+
+
+def test_answer_of_another_type_is_closed() -> None:
+    with pytest.raises(UnseenInput, match="output must be text, got int"):
+        Guard(outputs=[WordCheck("knife")])(lambda prompt: 7)("hello")
+
+
+# --- reports ----------------------------------------------------------------------------------
+
+
+def test_risk_is_the_largest_judged_score_also_where_nothing_is_flagged() -> None:
+    check = ScoreCheck({"x": {"bad": 0.3, "worse": 0.4, "other": 0.9}})
+    guard = Guard(inputs=[check], policy=policy(input={"llm": {"ignore": ["other"]}}))
+    (report,) = guard.check_input("x")
+    assert (report.risk, report.action) == (0.4, Action.ALLOW)
+
+
+def test_margin_is_score_minus_threshold() -> None:
+    check = ScoreCheck({"x": {"bad": 0.75}})
+    (report,) = Guard(inputs=[check]).check_input("x")
+    assert report.verdicts[0].margins == {"bad": 0.25}
+
+
+def test_report_tells_policy_round_and_revised_prompt() -> None:
+    guard = Guard(inputs=[WordCheck("knife")], refiner=SwapRefiner({"knife": "spoon"}), policy=llm("refine"))
+    (report,) = guard.check_input("a knife")
+    assert (report.action, report.revised_prompt, report.refiner) == (Action.REFINE, "a spoon", "swap")
+    assert [(v.round, v.flagged) for v in report.verdicts] == [(0, ("bad",)), (1, ())]
+    assert report.policy_digest == guard.policy.digest
+
+
+def test_refined_prompt_keeps_the_risk_of_what_was_asked() -> None:
+    guard = Guard(inputs=[WordCheck("knife")], refiner=SwapRefiner({"knife": "spoon"}), policy=llm("refine"))
+    assert guard.check_input("a knife")[0].risk == 1.0
+
+
+def test_calibrated_thresholds_of_a_check_hold_at_the_operating_point_of_the_policy() -> None:
+    check = ScoreCheck({"x": {"bad": 0.4}})
+    check.operating_points = {"strict": {"bad": 0.3}, "lenient": {"bad": 0.6}}  # type: ignore[attr-defined]
+    strict = Guard(inputs=[check], policy=policy(operating_point="strict"))
+    lenient = Guard(inputs=[check], policy=policy(operating_point="lenient"))
+    assert strict.check_input("x")[0].flagged == ("bad",)
+    assert lenient.check_input("x")[0].flagged == ()
+
+
+def test_content_hash_is_the_same_for_the_same_salt_and_text() -> None:
+    one, two = (Guard(inputs=[WordCheck("k")], salt=b"salt").check_input("hello")[0].content for _ in range(2))
+    other = Guard(inputs=[WordCheck("k")], salt=b"pepper").check_input("hello")[0].content
+    assert one == two != other
+
+
+def test_on_report_gets_every_report() -> None:
+    seen: list[Any] = []
+    Guard(inputs=[WordCheck("knife")], on_report=seen.append)(shout)(["a", "b"])
+    assert [r.action for r in seen] == [Action.ALLOW, Action.ALLOW]
+
+
+def test_nothing_of_the_content_is_in_errors_logs_or_reprs(caplog: pytest.LogCaptureFixture) -> None:
+    canary = "xylophone-4711 knife"
+    guard = Guard(
+        inputs=[FailingCheck(ValueError(canary), when=lambda i: "odd" in i), WordCheck("knife")],
+        refiner=SwapRefiner({"nothing": ""}),
+        policy=llm("refine"),
+    )
+    with caplog.at_level("DEBUG"), pytest.raises(Blocked) as info:
+        guard(shout)([canary, canary + " odd"])
+    said = caplog.text + str(info.value) + repr(info.value.reports) + info.value.report.to_json()
+    assert "xylophone" not in said
+
+
+# --- concurrency ------------------------------------------------------------------------------
+
+
+def test_async_runs_checks_off_the_event_loop() -> None:
+    threads: list[int] = []
+
+    class Spy(WordCheck):
+        def __call__(self, batch: Sequence[str], /) -> Any:
+            threads.append(threading.get_ident())
+            return super().__call__(batch)
+
+    async def reply(prompt: str) -> str:
+        return prompt
+
+    assert asyncio.run(Guard(inputs=[Spy("knife")])(reply)("hi")) == "hi"
+    assert threads
+    assert threading.get_ident() not in threads
+
+
+def test_reports_of_two_tasks_are_kept_apart() -> None:
+    async def reply(prompt: str) -> str:
+        await asyncio.sleep(0.01)
+        return prompt
+
+    guarded = Guard(inputs=[WordCheck("knife")], policy=policy(on_block="replace"))(reply)
+
+    async def one(prompt: str) -> bool:
+        with capture() as reports:
+            await guarded(prompt)
+        return [r.blocked for r in reports] == ["knife" in prompt]
+
+    async def many() -> list[bool]:
+        return await asyncio.gather(*(one("knife" if i % 2 else "loaf") for i in range(20)))
+
+    assert all(asyncio.run(many()))
+
+
+def test_cancelled_task_leaves_the_guard_usable() -> None:
+    check = HangingCheck()
+    guarded = Guard(inputs=[check], policy=policy(check_timeout_s=20))(echo_async)
+
+    async def cancel() -> str:
+        task = asyncio.create_task(guarded("first"))
+        while not check.entered.is_set():  # noqa: ASYNC110 - a thread sets it
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        check.release()
+        return await guarded("second")
+
+    assert asyncio.run(cancel()) == "second"
+
+
+async def echo_async(prompt: str) -> str:
+    return prompt
