@@ -97,7 +97,7 @@ def judge_asks(route: Route, asks: Sequence[Ask], budget: Budget) -> Generator[S
     yield from _judge_texts(route, items, [list(item.texts) for item in items], budget)
     for item, ask in zip(items, asks, strict=True):
         if ask.unseen and policy.unseen_input == "block" and route.inputs.checks:
-            unseen = [Piece(name, (), 0, f"{name} cannot be seen by any check") for name in ask.unseen]
+            unseen = [Piece(name, (), 0, f"{name} cannot be seen by any check", refused=True) for name in ask.unseen]
             rows = yield from route.inputs.judge(unseen, budget)
             item.verdicts += [v for row in rows for v in row]
         item.asked = strongest(item.verdicts)
@@ -134,11 +134,11 @@ def _judge_texts(
 
     def read() -> list[Piece]:
         return [
-            text_piece(name, item.texts[name], route.policy, 1 + _last_round(item, "input", name))
+            text_piece(name, item.texts[name], route.policy, 1 + _last_round(item, "input", name) if item.verdicts else 0)
             for item, name in places
         ]
 
-    long = sum(len(t) for item, name in places if isinstance(t := item.texts[name], str)) > 10_000
+    long = any(isinstance(t := item.texts[name], str) and len(t) > 10_000 for item, name in places)
     pieces = (yield Step(read)) if long else read()  # long texts are not normalised on an event loop
     rows = yield from route.inputs.judge(pieces, budget)
     for (item, name), row in zip(places, rows, strict=True):
@@ -224,6 +224,8 @@ def run(route: Route, job: Job) -> Generator[Step, Any, Outcome]:
         for place, item in enumerate(row):
             if item.made in (Action.REFINE, Action.REGENERATE):
                 yield from _more_rounds(route, job, a, place, item, budget)
+            if item.made is Action.REDACT:
+                yield from _redact(route, job, item, budget)
     return _settle(route, job, items, budget)
 
 
@@ -239,7 +241,7 @@ def _judge_outputs(route: Route, job: Job, items: Sequence[Item], budget: Budget
         pieces = [Piece("output", (), 0, f"output cannot be read ({type(exc).__name__})")] * len(items)
     budget.spend(time.perf_counter() - started)
     pieces = [
-        replace(piece, round=1 + _last_round(item, "output", piece.source))
+        replace(piece, round=1 + _last_round(item, "output", piece.source)) if item.rounds or item.made.strength else piece
         for piece, item in zip(pieces, items, strict=True)
     ]
     rows = yield from route.outputs.judge(pieces, budget)
@@ -267,6 +269,17 @@ def _more_rounds(
         if item.made not in (Action.REFINE, Action.REGENERATE):
             return
     item.made = Action.BLOCK
+
+
+def _redact(route: Route, job: Job, item: Item, budget: Budget) -> Generator[Step, Any, None]:
+    """Cut the flagged places out of an output; what is left is judged again, and blocked if it is still flagged."""
+    last = _last_round(item, "output", "output")
+    spans = [s for v in item.verdicts if v.stage == "output" and v.round == last for s in v.spans]
+    if spans:
+        item.output = job.redact(item.output, spans)
+        yield from _judge_outputs(route, job, [item], budget)
+    # flagged as a whole there is no place to cut
+    item.made = Action.REDACT if spans and item.made.passes else Action.BLOCK
 
 
 def _refine_again(
@@ -307,11 +320,7 @@ def _carry_out(job: Job, item: Item) -> tuple[Any, Action]:
     if item.made is Action.REPLACE:
         return job.placeholder(output), Action.REPLACE
     if item.made is Action.REDACT:
-        last = _last_round(item, "output", "output")
-        spans = [s for v in item.verdicts if v.stage == "output" and v.round == last for s in v.spans]
-        if not spans:  # flagged as a whole: there is no place to cut
-            return job.placeholder(output), Action.BLOCK
-        return job.redact(output, spans), Action.REDACT
+        return output, Action.REDACT
     if item.refined:
         return output, Action.REFINE
     if item.rounds:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,8 @@ class Piece:
     views: tuple[Any, ...]
     round: int = 0
     unseen: str | None = None
+    refused: bool = False
+    """Unseen and blocked whatever the policy says of errors: it has a setting of its own for these."""
 
 
 def text_piece(source: str, text: Any, policy: Policy, number: int = 0) -> Piece:
@@ -84,25 +86,27 @@ class Surface:
     rules: Rules
     checks: Sequence[Check[Any]]
     policy: Policy
-    _judged: dict[tuple[int, str], tuple[float, Action] | None] = field(default_factory=dict)
+    _judged: list[dict[str, tuple[float, Action] | None]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._judged = [{} for _ in self.checks]
 
     def judge(self, pieces: Sequence[Piece], budget: Budget) -> Judging:
         """One list of verdicts per piece, in order. Never raises for what a check does: that becomes an error."""
         out: list[list[Verdict]] = [[] for _ in pieces]
         if not self.checks:
             return out
-        seen = []
-        for i, piece in enumerate(pieces):
-            if piece.views and piece.unseen is None:
-                seen.append(i)
-            else:
-                out[i].append(self._failed("safeguard", piece, piece.unseen or "nothing to look at", 0.0))
+        seen = [i for i, piece in enumerate(pieces) if piece.views and piece.unseen is None]
+        if len(seen) < len(pieces):
+            for i in sorted(set(range(len(pieces))) - set(seen)):
+                why = pieces[i].unseen or "nothing to look at"
+                out[i].append(self._failed("safeguard", pieces[i], why, 0.0))
         if not seen:
             return out
+        batch, places = _flatten([pieces[i] for i in seen], self.modality)
         for number, check in enumerate(self.checks):
             started = time.perf_counter()
-            batch, places = _flatten([pieces[i] for i in seen], self.modality)
-            results = yield from self._run(check, batch, budget)
+            results = yield from self._run(check, list(batch), budget)
             took = time.perf_counter() - started
             budget.spend(took)
             each_ms = took * 1e3 / len(seen)
@@ -122,7 +126,7 @@ class Surface:
             if len(batch) == 1:
                 return [f"failed with {type(exc).__name__}"]
         else:
-            return list(found)
+            return found  # type: ignore[no-any-return]  # what _call gave, through the driver
         results: list[Finding | str] = []
         for item in batch:
             results += yield from self._run(check, [item], budget)
@@ -132,16 +136,18 @@ class Surface:
         self, number: int, check: Check[Any], piece: Piece, results: list[Finding | str], ms: float
     ) -> Verdict:
         """The worst of all readings of one piece, judged."""
-        errors = [r for r in results if isinstance(r, str)]
-        if errors:
-            return self._failed(check.name, piece, errors[0], ms)
-        findings = [r for r in results if isinstance(r, Finding)]
-        scores = _worst([f.scores for f in findings])
+        findings: list[Finding] = []
+        for result in results:
+            if isinstance(result, str):
+                return self._failed(check.name, piece, result, ms)
+            findings.append(result)
+        scores = _worst(findings)
+        known = self._judged[number]
         thresholds: dict[str, float] = {}
         flagged: list[str] = []
         action = Action.ALLOW
         for category, score in scores.items():
-            judged = self._threshold(number, check, category)
+            judged = known[category] if category in known else self._threshold(known, check, category)
             if judged is None:
                 continue
             thresholds[category] = judged[0]
@@ -149,7 +155,7 @@ class Surface:
                 flagged.append(category)
                 if judged[1].strength > action.strength:
                     action = judged[1]
-        if self.policy.mode == "monitor" and flagged:
+        if flagged and self.policy.mode == "monitor":
             action = Action.MONITOR
         return Verdict(
             check.name,
@@ -167,18 +173,18 @@ class Surface:
             piece.round,
         )
 
-    def _threshold(self, number: int, check: Check[Any], category: str) -> tuple[float, Action] | None:
-        """Threshold and action of a category of a check, None where it is not judged."""
-        key = (number, category)
-        if key not in self._judged:
-            points: Mapping[str, Mapping[str, float]] = getattr(check, "operating_points", None) or {}
-            threshold = self.rules.threshold_of(category, points.get(self.policy.operating_point or "", {}))
-            self._judged[key] = None if threshold is None else (threshold, self.rules.action_of(category))
-        return self._judged[key]
+    def _threshold(
+        self, known: dict[str, tuple[float, Action] | None], check: Check[Any], category: str
+    ) -> tuple[float, Action] | None:
+        """Threshold and action of a category of a check, None where it is not judged; worked out once."""
+        points: Mapping[str, Mapping[str, float]] = getattr(check, "operating_points", None) or {}
+        threshold = self.rules.threshold_of(category, points.get(self.policy.operating_point or "", {}))
+        known[category] = None if threshold is None else (threshold, self.rules.action_of(category))
+        return known[category]
 
     def _failed(self, check: str, piece: Piece, why: str, ms: float) -> Verdict:
         """The verdict on what could not be judged: the policy's on_error, and never a silent pass."""
-        open_ = self.policy.on_error == "allow" or self.policy.mode == "monitor"
+        open_ = self.policy.mode == "monitor" or (self.policy.on_error == "allow" and not piece.refused)
         if open_:
             log.warning("not judged and let through by policy: check=%s source=%s", check, piece.source)
         action = Action.MONITOR if open_ else Action.BLOCK
@@ -200,6 +206,8 @@ def _finding(row: Finding | Scores) -> Finding | str:
     if not finding.scores:
         return "gave no scores"
     for category, score in finding.scores.items():
+        if type(score) is not float:
+            return _finding(replace(finding, scores={c: float(s + 0.0) for c, s in finding.scores.items()}))
         if not 0.0 <= score <= 1.0:  # also false for NaN
             kind = "NaN" if math.isnan(score) else f"{score:g}"
             return f"gave {kind} for {category!r}, scores must be in [0, 1]"
@@ -226,13 +234,13 @@ def _flatten(pieces: Sequence[Piece], modality: Modality) -> tuple[list[Any], li
     return batch, places
 
 
-def _worst(all_scores: Sequence[Scores]) -> dict[str, float]:
-    if len(all_scores) == 1:
-        return {c: float(s) for c, s in all_scores[0].items()}
+def _worst(findings: Sequence[Finding]) -> dict[str, float]:
+    if len(findings) == 1:
+        return dict(findings[0].scores)
     worst: dict[str, float] = {}
-    for scores in all_scores:
-        for category, score in scores.items():
-            worst[category] = max(float(score), worst.get(category, 0.0))
+    for finding in findings:
+        for category, score in finding.scores.items():
+            worst[category] = max(score, worst.get(category, 0.0))
     return worst
 
 
@@ -252,12 +260,16 @@ def _spans(piece: Piece, findings: Sequence[Finding], flagged: Sequence[str]) ->
 
 def _coverage(findings: Sequence[Finding]) -> Coverage | None:
     """The reading of which least was seen."""
+    if len(findings) == 1:
+        return findings[0].coverage
     known = [f.coverage for f in findings if f.coverage is not None]
     return min(known, key=lambda c: c.checked / max(c.total, 1), default=None)
 
 
 def strongest(verdicts: Sequence[Verdict]) -> Action:
     """The strongest action among verdicts; allow where there are none."""
+    if len(verdicts) == 1:
+        return verdicts[0].action
     return max((v.action for v in verdicts), key=lambda a: a.strength, default=Action.ALLOW)
 
 

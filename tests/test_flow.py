@@ -475,3 +475,10 @@ def test_cancelled_task_leaves_the_guard_usable() -> None:
 
 async def echo_async(prompt: str) -> str:
     return prompt
+
+
+def test_redacted_answer_is_judged_again() -> None:
+    # cutting the inner word joins the outer one together again
+    guard = Guard(outputs=[WordCheck("knife")], policy=text("redact", placeholder_text="ni"))
+    with pytest.raises(Blocked):
+        guard(echo)("kknifefe")

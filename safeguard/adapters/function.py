@@ -130,6 +130,16 @@ def _task_of(signature: inspect.Signature) -> Task:
     return "t2i" if any(word in text for word in ("Image", "ndarray", "Tensor")) else "llm"
 
 
+def _only_place(signature: inspect.Signature, names: tuple[str, ...]) -> int | None:
+    """Position of the prompt where it is the one argument to judge; binding arguments costs more than all the rest."""
+    parameters = list(signature.parameters.values())
+    kinds = {p.kind for p in parameters}
+    if len(names) != 1 or inspect.Parameter.VAR_KEYWORD in kinds or inspect.Parameter.VAR_POSITIONAL in kinds:
+        return None
+    place = [p.name for p in parameters].index(names[0])
+    return place if parameters[place].kind is not inspect.Parameter.KEYWORD_ONLY else None
+
+
 class _Call:
     """What is known of a guarded function; its four methods are the four kinds of function."""
 
@@ -145,6 +155,7 @@ class _Call:
     ) -> None:
         self.func, self.signature, self.names = func, signature, names
         self.guard, self.task, self.modality, self.output = guard, task, modality, output
+        self.position = _only_place(signature, names)
 
     def once(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         job = _FunctionJob(self, args, kwargs)
@@ -192,6 +203,10 @@ class _FunctionJob:
     ) -> None:
         self._call, self.on_loop = call, on_loop
         self.task, self.modality = call.task, call.modality
+        self._rows: int | None = None
+        self._plain = (args, kwargs) if self._is_plain(args, kwargs) else None
+        if self._plain is not None:
+            return
         self._bound = call.signature.bind(*args, **kwargs)
         self._values = self._arguments()
         lengths = {len(v) for v in self._values.values() if _is_batch(v)}
@@ -204,6 +219,17 @@ class _FunctionJob:
         if self._rows is not None and self._rows > rows:
             raise ValueError(f"a call may have at most {rows} prompts (max_items), got {self._rows}")
         self.asks = [self._ask(row) for row in range(1 if self._rows is None else self._rows)]
+
+    def _is_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this is one text in the one place for it; then the arguments go through as they came."""
+        place, name = self._call.position, self._call.names[0]
+        if place is None:
+            return False
+        value = args[place] if len(args) > place else kwargs.get(name)
+        if not isinstance(value, str):
+            return False
+        self.asks = [flow.Ask({name: value})]
+        return True
 
     def _arguments(self) -> dict[str, Any]:
         """Prompt arguments of this call by name, defaults and `**kwargs` included."""
@@ -267,6 +293,11 @@ class _FunctionJob:
 
     def _invoke(self, texts: Sequence[flow.Texts], rows: list[int] | None = None) -> Any:
         """Call the function with these texts; other lists as long as the batch are narrowed to the same rows."""
+        if self._plain is not None:
+            (args, kwargs), place, name = self._plain, self._call.position or 0, self._call.names[0]
+            if len(args) > place:
+                return self._call.func(*args[:place], texts[0][name], *args[place + 1 :], **kwargs)
+            return self._call.func(*args, **{**kwargs, name: texts[0][name]})
         bound = inspect.BoundArguments(self._call.signature, dict(self._bound.arguments))  # type: ignore[arg-type]
         for p in self._call.signature.parameters.values():
             value = bound.arguments.get(p.name)
