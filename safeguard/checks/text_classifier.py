@@ -1,0 +1,237 @@
+"""TextClassifier: a text model of any size over whole texts, in windows, the worst of which counts."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from safeguard.backends import Backend, default_threads, open_backend
+from safeguard.checks.readout import Readout
+from safeguard.checks.tokens import TokenCutter, Tokens
+from safeguard.errors import PackError
+from safeguard.manifest import Window
+from safeguard.packs import Pack, resolve
+from safeguard.text import windows
+from safeguard.types import Coverage, Finding, Modality, Scores, Span
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TOKENIZER_NAME = "tokenizer.json"
+SPAN_FROM = 0.5
+"""Score from which the worst window of a text with several is named as a span."""
+_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
+_CHARACTERS_PER_TOKEN = 16  # more than any real text has; longer input is refused before it is tokenised
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    text: int  # index in the batch
+    start: int  # first token
+    end: int
+
+
+class TextClassifier:
+    """Scores texts with one trunk and any number of labels.
+
+    A text longer than the window is cut into overlapping ones and the largest score of each label counts;
+    nothing is truncated. Windows of similar length share a run, padded to the longest among them. With
+    `isolated` each window has a run of its own, without padding: dynamically quantised models (int8) scale
+    activations over the whole run, so neighbours would change each other's scores. `workers` such runs go
+    side by side.
+
+    inputs: names of the backend's inputs, of input_ids, attention_mask, token_type_ids. output: the name of
+    its logits (window, column). max_windows: a text with more raises ValueError. max_tokens: largest run,
+    with padding.
+    """
+
+    modality: Modality = "text"
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        readout: Readout,
+        window: Window,
+        *,
+        name: str = "text_classifier",
+        inputs: Sequence[str] = ("input_ids", "attention_mask"),
+        output: str = "logits",
+        digest: str | None = None,
+        operating_points: Mapping[str, Scores] | None = None,
+        isolated: bool = False,
+        workers: int = 1,
+        max_windows: int = 512,
+        max_tokens: int = 4096,
+    ) -> None:
+        unknown = sorted(set(inputs) - _INPUTS)
+        if unknown:
+            raise ValueError(f"inputs must be among {', '.join(sorted(_INPUTS))}, got {', '.join(unknown)}")
+        self.name = name
+        self.digest = digest
+        self.labels = readout.labels
+        self.operating_points = {point: dict(scores) for point, scores in (operating_points or {}).items()}
+        self._backend, self._readout = backend, readout
+        self._cut = TokenCutter(tokenizer)
+        self._size = window.tokens - self._cut.special_tokens
+        self._overlap = min(window.overlap, self._size // 2)
+        self._inputs, self._output = tuple(inputs), output
+        self._workers = workers
+        self._max_windows, self._max_tokens = max_windows, 0 if isolated else max_tokens
+
+    @classmethod
+    def load(
+        cls,
+        pack: str | Path | Pack,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        max_windows: int = 512,
+    ) -> TextClassifier:
+        """The classifier in a model pack of kind text_classifier; see `safeguard.packs.resolve` for names."""
+        found = (pack if isinstance(pack, Pack) else resolve(pack)).expect("text_classifier")
+        manifest = found.manifest
+        if manifest.window is None:  # the manifest's own validation has seen to that
+            raise PackError(f"pack {manifest.name!r} has no window")
+        isolated = manifest.precision.startswith("int8") and device == "cpu"
+        backend = open_backend(
+            found.model,
+            inputs=manifest.model.inputs,
+            outputs=manifest.model.outputs,
+            device=device,
+            threads=1 if isolated else threads,  # runs of one window gain more from going side by side
+            external=manifest.files,
+        )
+        return cls(
+            backend,
+            read_tokenizer(found.path(TOKENIZER_NAME)),
+            Readout.of(manifest),
+            manifest.window,
+            name=manifest.name,
+            inputs=manifest.model.inputs,
+            output=manifest.model.outputs[0],
+            digest=found.digest,
+            operating_points=manifest.operating_points,
+            isolated=isolated,
+            workers=(threads or default_threads()) if isolated else 1,
+            max_windows=max_windows,
+        )
+
+    def __call__(self, batch: Sequence[str], /) -> list[Finding]:
+        """One finding per text, in order. Scores of a text do not depend on its neighbours.
+
+        Raises TypeError for what is not text and ValueError for a text of more than `max_windows` windows.
+        """
+        self._refuse(batch)
+        tokens = self._cut(batch)
+        pieces = [piece for i, t in enumerate(tokens) for piece in self._pieces(i, len(t.ids))]
+        scores = self._scores(pieces, tokens)
+        findings = []
+        end = 0
+        for t, count in zip(tokens, Counter(p.text for p in pieces).values(), strict=True):
+            start, end = end, end + count
+            findings.append(self._finding(t, pieces[start:end], scores[start:end]))
+        return findings
+
+    def _refuse(self, batch: Sequence[str]) -> None:
+        if isinstance(batch, str):
+            raise TypeError("a check takes a batch: a list of texts, got one text")
+        most = self._max_windows * self._size * _CHARACTERS_PER_TOKEN
+        for i, text in enumerate(batch):
+            if not isinstance(text, str):
+                raise TypeError(f"item {i} of the batch must be text, got {type(text).__name__}")
+            if len(text) > most:
+                raise ValueError(
+                    f"item {i} of the batch has {len(text)} characters, more than "
+                    f"max_windows={self._max_windows} "
+                    f"windows of {self._size} tokens can hold; raise max_windows or send less text"
+                )
+
+    def _pieces(self, text: int, length: int) -> list[_Piece]:
+        found = windows(length, self._size, self._overlap) if length else [(0, 0)]
+        if len(found) > self._max_windows:
+            raise ValueError(
+                f"item {text} of the batch needs {len(found)} windows of {self._size} tokens, more than "
+                f"max_windows={self._max_windows}; raise max_windows or send less text"
+            )
+        return [_Piece(text, start, end) for start, end in found]
+
+    def _runs(self, pieces: Sequence[_Piece]) -> list[list[int]]:
+        """Indices of the pieces that share a run: of similar length, within the budget of tokens."""
+        lengths = [p.end - p.start + self._cut.special_tokens for p in pieces]
+        runs: list[list[int]] = []
+        for i in sorted(range(len(pieces)), key=lengths.__getitem__):
+            if (
+                runs and (len(runs[-1]) + 1) * lengths[i] <= self._max_tokens
+            ):  # sorted: the last one is the longest
+                runs[-1].append(i)
+            else:
+                runs.append([i])
+        return runs
+
+    def _scores(self, pieces: Sequence[_Piece], tokens: Sequence[Tokens]) -> NDArray[np.float64]:
+        scores = np.empty((len(pieces), len(self.labels)))
+        runs = self._runs(pieces)
+
+        def fill(run: list[int]) -> None:
+            scores[run] = self._score([pieces[i] for i in run], tokens)
+
+        if self._workers > 1 and len(runs) > 1:
+            with ThreadPoolExecutor(min(self._workers, len(runs))) as pool:
+                deque(pool.map(fill, runs), maxlen=0)  # raises what a run raised
+        else:
+            for run in runs:
+                fill(run)
+        return scores
+
+    def _score(self, run: Sequence[_Piece], tokens: Sequence[Tokens]) -> NDArray[np.float64]:
+        prefix, suffix = self._cut.prefix, self._cut.suffix
+        longest = max(p.end - p.start for p in run) + self._cut.special_tokens
+        ids = np.full((len(run), longest), self._cut.pad_id, np.int64)  # (window, token)
+        mask = np.zeros_like(ids)
+        for row, piece in enumerate(run):
+            body = tokens[piece.text].ids[piece.start : piece.end]
+            size = len(prefix) + len(body) + len(suffix)
+            ids[row, :size] = np.concatenate([prefix, body, suffix])
+            mask[row, :size] = 1
+        arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        outputs = self._backend({name: arrays[name] for name in self._inputs})
+        return self._readout(outputs[self._output], len(run))
+
+    def _finding(self, tokens: Tokens, pieces: Sequence[_Piece], scores: NDArray[np.float64]) -> Finding:
+        worst = scores.max(axis=0)  # keeps NaN
+        count = len(tokens.ids)
+        return Finding(
+            dict(zip(self.labels, worst.tolist(), strict=True)),
+            spans=self._spans(tokens, pieces, scores) if len(pieces) > 1 else (),
+            coverage=Coverage("tokens", count, count, len(pieces)),
+        )
+
+    def _spans(
+        self, tokens: Tokens, pieces: Sequence[_Piece], scores: NDArray[np.float64]
+    ) -> tuple[Span, ...]:
+        spans = []
+        for column, label in enumerate(self.labels):
+            row = int(scores[:, column].argmax())
+            score = float(scores[row, column])
+            if score >= SPAN_FROM:
+                start, end = tokens.offsets[pieces[row].start : pieces[row].end][[0, -1], [0, 1]].tolist()
+                spans.append(Span(start, end, label, score))
+        return tuple(spans)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a `tokenizer.json`. Raises PackError when it cannot be read."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as exc:  # the Rust side raises plain Exception
+        raise PackError(
+            f"{path.name} is no tokenizer that this version of tokenizers can read: {exc}"
+        ) from exc

@@ -1,0 +1,288 @@
+"""Pictures of any kind to RGB views, and views to a model's input: numpy and PIL, torch only for tensors.
+
+A picture is a PIL image of any mode, a numpy array (height, width, 3 or 4) or (height, width), uint8, uint16
+or float in [0, 1], or a torch tensor (3, height, width) in [0, 1]. One picture may have several views, the
+worst of which counts: what transparency hides and what it shows, sampled frames of an animation, tiles of a
+very long picture.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps, ImageSequence
+
+from safeguard.manifest import ImagePreprocess
+from safeguard.types import Coverage
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAX_PIXELS = 50_000_000
+"""Larger pictures are refused: 150 MB of RGB each."""
+MAX_FRAMES = 16
+"""Frames that are looked at in an animation, evenly spread, the first and the last among them."""
+MAX_RATIO = 64
+"""Pictures longer than this many times their shorter side are refused."""
+_TILE_RATIO = 2.0  # from here on a picture is cut into tiles: a centre crop would miss half of it
+_MAX_BYTES = 200_000_000
+_MAX_ANIMATION = 10 * MAX_PIXELS  # pixels of all frames: seconds of decoding
+_SLACK = 0.01  # how far float pixels may lie outside [0, 1] by rounding
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Model input for a batch of pictures: `array` (row, ...) as the preprocessing says, float32.
+
+    owners: for each row the index of its picture. coverage: for each picture how many frames were looked at.
+    """
+
+    array: NDArray[np.float32]
+    owners: NDArray[np.int64]
+    coverage: tuple[Coverage, ...]
+
+
+def prepare(batch: Sequence[Any], spec: ImagePreprocess, *, max_frames: int = MAX_FRAMES) -> Prepared:
+    """All views of all pictures, preprocessed. Tensors on a device are resized there, without PIL.
+
+    Raises ValueError for a picture that cannot be read and TypeError for what is no picture, naming the item.
+    """
+    arrays: list[NDArray[np.float32]] = []
+    coverage: list[Coverage] = []
+    for i, item in enumerate(batch):
+        try:
+            rows, total, checked = _rows(item, spec, max_frames)
+        except (ValueError, TypeError) as exc:
+            raise type(exc)(f"item {i} of the batch: {exc}") from exc
+        arrays.append(rows)
+        coverage.append(Coverage("frames", total, checked, len(rows)))
+    owners = np.repeat(np.arange(len(arrays)), [len(rows) for rows in arrays])
+    shape = (0, spec.size, spec.size, 3) if spec.layout == "NHWC" else (0, 3, spec.size, spec.size)
+    array = np.concatenate(arrays) if arrays else np.empty(shape, np.float32)
+    return Prepared(array, owners, tuple(coverage))
+
+
+def preprocess(images: Sequence[NDArray[np.uint8]], spec: ImagePreprocess) -> NDArray[np.float32]:
+    """RGB pictures (height, width, 3) to one input array, a row each: the centre crop where there is one.
+
+    Equals the reference preprocessing of CLIP for its values (see `tests/test_images.py`).
+    """
+    return np.stack([_crops(image, spec)[0] for image in images])
+
+
+def views(image: Any, *, max_frames: int = MAX_FRAMES) -> list[NDArray[np.uint8]]:
+    """RGB arrays (height, width, 3) of all that a picture may show: frames, with and without transparency.
+
+    Raises ValueError for a picture that is empty, too large, truncated or holds NaN, TypeError for no picture
+    at all.
+    """
+    return [view for frame in _frames(image, max_frames)[0] for view in _backgrounds(frame)]
+
+
+def open_image(path: Path) -> Image.Image:
+    """The picture in a file, decoded completely. Raises ValueError when it cannot be or is too large."""
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path.name} is larger than {_MAX_BYTES} bytes; make it smaller")
+    try:
+        image = Image.open(io.BytesIO(path.read_bytes()), formats=_FORMATS)
+        _refuse_size(*image.size)
+        image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
+        raise ValueError(f"{path.name} is too large: a picture may have at most {MAX_PIXELS} pixels") from exc
+    except (OSError, SyntaxError, EOFError) as exc:
+        raise ValueError(
+            f"{path.name} cannot be read as a picture ({exc}); known: {', '.join(_FORMATS)}"
+        ) from exc
+    return image
+
+
+def to_array(image: Any) -> NDArray[np.uint8]:
+    """One RGB array (height, width, 3): the first frame, its colours as they are, transparency left out."""
+    return views(image, max_frames=1)[0]
+
+
+def is_tensor(image: Any) -> bool:
+    """Whether this is a torch tensor; torch itself is not imported to find out."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(image, torch.Tensor)
+
+
+def _rows(item: Any, spec: ImagePreprocess, max_frames: int) -> tuple[NDArray[np.float32], int, int]:
+    if is_tensor(item) and item.device.type != "cpu":
+        from safeguard.image_tensors import preprocess_tensor
+
+        if item.ndim == 3:
+            _refuse_size(item.shape[2], item.shape[1])
+        return preprocess_tensor(item, spec), 1, 1
+    frames, total = _frames(item, max_frames)
+    rows = [crop for frame in frames for view in _backgrounds(frame) for crop in _crops(view, spec)]
+    return np.stack(rows), total, len(frames)
+
+
+def _crops(view: NDArray[np.uint8], spec: ImagePreprocess) -> list[NDArray[np.float32]]:
+    """What the model sees of one view: the centre first, then the tiles of a very long picture."""
+    tiles = [
+        crop for tile in square_tiles(view.shape[0], view.shape[1], spec) for crop in _crops(view[tile], spec)
+    ]
+    height, width = resized_sides(view.shape[0], view.shape[1], spec)
+    resized = np.asarray(Image.fromarray(view).resize((width, height), _RESAMPLE[spec.resample]), np.float32)
+    return [
+        _normalised(resized[y : y + spec.size, x : x + spec.size], spec)
+        for y in crop_offsets(height, spec.size)
+        for x in crop_offsets(width, spec.size)
+    ] + tiles
+
+
+def _normalised(pixels: NDArray[np.float32], spec: ImagePreprocess) -> NDArray[np.float32]:
+    scaled = pixels * np.float32(spec.scale)  # (height, width, channel)
+    if spec.channels == "BGR":
+        scaled = scaled[:, :, ::-1]
+    mean, std = (np.array(values, np.float32) for values in (spec.mean, spec.std))
+    pixels = (scaled - mean) / std
+    return np.ascontiguousarray(pixels if spec.layout == "NHWC" else pixels.transpose(2, 0, 1))
+
+
+def resized_sides(height: int, width: int, spec: ImagePreprocess) -> tuple[int, int]:
+    """Height and width after resizing; the longer side is rounded down, as CLIP's reference does."""
+    if spec.mode == "squash":
+        return spec.resize, spec.resize
+    short, long = sorted((height, width))
+    longer = int(spec.resize * long / short)
+    return (spec.resize, longer) if height == short else (longer, spec.resize)
+
+
+def crop_offsets(side: int, size: int) -> list[int]:
+    """Where crops of `size` begin along a side: the centre, and evenly spread ones over a long side."""
+    centre = (side - size) // 2
+    if side < _TILE_RATIO * size:
+        return [centre]
+    count = math.ceil(side / size)
+    spread = (round(i * (side - size) / (count - 1)) for i in range(count))
+    return list(dict.fromkeys([centre, *spread]))
+
+
+def square_tiles(height: int, width: int, spec: ImagePreprocess) -> list[tuple[slice, slice]]:
+    """Squares that cover a very long picture whose model sees it squashed; none for any other."""
+    short = min(height, width)
+    if spec.mode == "crop" or max(height, width) < _TILE_RATIO * short:
+        return []
+    return [
+        (slice(y, y + short), slice(x, x + short))
+        for y in crop_offsets(height, short)
+        for x in crop_offsets(width, short)
+    ]
+
+
+def _refuse_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise ValueError(f"the picture is empty: {width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"the picture has {width} x {height} pixels, more than {MAX_PIXELS}; make it smaller"
+        )
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ValueError(
+            f"the picture is {width} x {height}, longer than {MAX_RATIO} times its shorter side; cut it"
+        )
+
+
+def _frames(image: Any, most: int) -> tuple[list[NDArray[np.uint8]], int]:
+    """Frames that are looked at as (height, width, 3 or 4) uint8, and how many there are."""
+    if isinstance(image, Image.Image):
+        _refuse_size(*image.size)
+        try:
+            return _pil_frames(image, most)
+        except (OSError, SyntaxError, EOFError) as exc:
+            raise ValueError(f"the picture cannot be decoded: {exc}") from exc
+    if is_tensor(image):
+        if image.ndim != 3 or image.shape[0] not in (1, 3, 4):
+            raise ValueError(f"a tensor must be (3, height, width), got {tuple(image.shape)}")
+        image = np.moveaxis(image.detach().float().numpy(), 0, -1)
+    if isinstance(image, np.ndarray):
+        return [_array_pixels(image)], 1
+    raise TypeError(
+        f"a picture must be a PIL image, a numpy array or a torch tensor, got {type(image).__name__}"
+    )
+
+
+def _pil_frames(image: Image.Image, most: int) -> tuple[list[NDArray[np.uint8]], int]:
+    total = int(getattr(image, "n_frames", 1))
+    if total == 1:
+        return [_pil_pixels(image)], 1
+    if total * image.width * image.height > _MAX_ANIMATION:
+        raise ValueError(
+            f"the animation has {total} frames of {image.width} x {image.height} pixels; make it smaller"
+        )
+    wanted = {round(i * (total - 1) / max(most - 1, 1)) for i in range(min(most, total))}
+    before = image.tell()
+    try:
+        return [_pil_pixels(f) for i, f in enumerate(_sequence(image)) if i in wanted], total
+    finally:
+        image.seek(before)
+
+
+def _sequence(image: Image.Image) -> Iterator[Image.Image]:
+    yield from ImageSequence.Iterator(image)
+
+
+def _pil_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _array_pixels(_deep_pixels(image))
+    translucent = "A" in image.mode or "a" in image.mode or "transparency" in image.info
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    return np.array(image.convert("RGBA" if translucent and image.mode != "LAB" else "RGB"))
+
+
+def _deep_pixels(image: Image.Image) -> NDArray[Any]:
+    """Pixels of a picture of 16 or 32 bits as floats in [0, 1], whose range must be one of the usual ones."""
+    values = np.asarray(image, np.float64)
+    top = float(values.max())
+    usual = next((limit for limit in (1.0, 255.0, 65535.0) if top <= limit), None)
+    if image.mode.startswith("I"):
+        usual = 65535.0 if top <= 65535 else None
+    if usual is None or float(values.min()) < 0:
+        raise ValueError(f"a picture of mode {image.mode} must have values in [0, 65535], got up to {top:g}")
+    return values / usual
+
+
+def _array_pixels(array: Any) -> NDArray[np.uint8]:
+    """(height, width, 3 or 4) uint8 from an array of any usual kind."""
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        raise ValueError(f"an array must be (height, width, 3), got {array.shape}")
+    _refuse_size(array.shape[1], array.shape[0])
+    if array.dtype == np.uint16:
+        array = array / 65535.0
+    elif array.dtype == np.bool_:
+        array = array.astype(np.float32)
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = float(np.min(array)), float(np.max(array))
+        if not (low >= -_SLACK and high <= 1 + _SLACK):  # also false for NaN
+            raise ValueError(f"float pixels must be in [0, 1], got {low:g} to {high:g}")
+        array = np.round(np.clip(array, 0, 1) * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"pixels must be uint8, uint16 or float in [0, 1], got {array.dtype}")
+    pixels: NDArray[np.uint8] = np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array
+    return pixels
+
+
+def _backgrounds(frame: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """What a frame shows: its colours as stored, and, where it is not opaque, on white and on black."""
+    colours = np.ascontiguousarray(frame[:, :, :3])
+    if frame.shape[2] == 3 or bool((frame[:, :, 3] == 255).all()):
+        return [colours]
+    alpha = frame[:, :, 3:].astype(np.float32) / 255
+    black = colours * alpha
+    return [colours, *(np.round(x).astype(np.uint8) for x in (black + 255 * (1 - alpha), black))]

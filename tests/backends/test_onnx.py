@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from safeguard.backends import default_threads, open_backend, parse_device
+from safeguard.errors import BackendError
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed (extra export)")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra onnx)")
+
+
+@pytest.fixture
+def doubler(tmp_path: Path) -> Path:
+    """y = 2 x for x of shape (batch, 2)."""
+    return _save(tmp_path / "double.onnx", external=None)
+
+
+def _save(path: Path, external: str | None) -> Path:
+    helper, kinds = onnx.helper, onnx.TensorProto
+    two = onnx.numpy_helper.from_array(np.array([2.0, 2.0], np.float32), "two")
+    info = [helper.make_tensor_value_info(n, kinds.FLOAT, ["b", 2]) for n in ("x", "y")]
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "two"], ["y"])], "g", [info[0]], [info[1]], [two]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    if external is not None:
+        onnx.save_model(
+            model,
+            path,
+            save_as_external_data=True,
+            location=external,
+            size_threshold=0,
+            convert_attribute=False,
+        )
+    else:
+        onnx.save(model, path)
+    return path
+
+
+def _open(path: Path, **options: Any) -> Any:
+    return open_backend(path, inputs=("x",), outputs=("y",), **options)
+
+
+def test_arrays_go_in_and_come_out_by_name(doubler: Path) -> None:
+    y = _open(doubler)({"x": np.array([[1, 2], [3, 4]], np.float32)})["y"]
+
+    np.testing.assert_array_equal(y, [[2, 4], [6, 8]])
+
+
+def test_an_empty_batch_gives_an_empty_batch(doubler: Path) -> None:
+    assert _open(doubler)({"x": np.zeros((0, 2), np.float32)})["y"].shape == (0, 2)
+
+
+def test_threads_do_not_disturb_each_other(doubler: Path) -> None:
+    backend = _open(doubler, threads=1)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: backend({"x": np.full((i + 1, 2), i, np.float32)})["y"], range(40)))
+
+    assert [(len(y), float(y.max())) for y in found] == [(i + 1, 2.0 * i) for i in range(40)]
+
+
+def test_cuda_where_there_is_none_is_an_error_that_says_what_is_there(doubler: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime was built with CUDA")
+    with pytest.raises(BackendError, match=r"no CUDAExecutionProvider; it offers .*CPUExecutionProvider"):
+        _open(doubler, device="cuda:1")
+
+
+def test_missing_inputs_are_named(doubler: Path) -> None:
+    with pytest.raises(BackendError, match=r"double.onnx needs inputs x; missing: x"):
+        _open(doubler)({"z": np.zeros((1, 2), np.float32)})
+
+
+def test_a_run_that_fails_is_a_backend_error(doubler: Path) -> None:
+    with pytest.raises(BackendError, match=r"double.onnx failed to run"):
+        _open(doubler)({"x": np.zeros((1, 3), np.float32)})
+
+
+def test_other_names_than_the_packs_are_refused(doubler: Path) -> None:
+    with pytest.raises(BackendError, match="has inputs x; its pack says ids"):
+        open_backend(doubler, inputs=("ids",), outputs=("y",))
+    with pytest.raises(BackendError, match="has outputs y; its pack says logits"):
+        open_backend(doubler, inputs=("x",), outputs=("logits",))
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"\x08\x07 nothing")
+
+    with pytest.raises(BackendError, match=r"broken.onnx cannot be opened"):
+        _open(tmp_path / "broken.onnx")
+
+
+def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"no backend reads '.engine' \(m.engine\); known: .onnx, .pt2"):
+        _open(tmp_path / "m.engine")
+
+
+def test_listed_weights_beside_the_model_are_read(tmp_path: Path) -> None:
+    path = _save(tmp_path / "model.onnx", external="weights.data")
+
+    y = _open(path, external=["weights.data"])({"x": np.ones((1, 2), np.float32)})["y"]
+
+    np.testing.assert_array_equal(y, [[2, 2]])
+
+
+def test_unlisted_weights_beside_the_model_are_refused(tmp_path: Path) -> None:
+    path = _save(tmp_path / "model.onnx", external="weights.data")
+
+    with pytest.raises(BackendError, match=r"keeps weights in 'weights.data', which its pack does not list"):
+        _open(path)
+
+
+def test_weights_outside_the_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    path = _save(tmp_path / "inside" / "model.onnx", external="weights.data")
+    model = onnx.load(path, load_external_data=False)
+    (tmp_path / "inside" / "weights.data").rename(tmp_path / "weights.data")
+    next(e for e in model.graph.initializer[0].external_data if e.key == "location").value = "../weights.data"
+    path.write_bytes(model.SerializeToString())
+
+    with pytest.raises(BackendError, match=r"keeps weights in '../weights.data'"):
+        _open(path, external=["weights.data"])
+
+
+def test_two_builds_of_onnxruntime_are_refused_with_the_fix() -> None:
+    from safeguard.backends.onnx import refuse_twin_installs
+
+    refuse_twin_installs(["onnxruntime-gpu", "numpy"])
+    with pytest.raises(BackendError, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
+        refuse_twin_installs(["onnxruntime", "onnxruntime-gpu"])
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"), [("cpu", ("cpu", 0)), ("cuda", ("cuda", 0)), ("cuda:3", ("cuda", 3))]
+)
+def test_devices_are_parsed(text: str, parsed: tuple[str, int]) -> None:
+    assert parse_device(text) == parsed
+
+
+@pytest.mark.parametrize("text", ["", "gpu", "cpu:0", "cuda:", "cuda:x", "cuda:-1"])
+def test_unknown_devices_are_refused(text: str) -> None:
+    with pytest.raises(BackendError, match="device must be cpu, cuda or cuda:<number>, got"):
+        parse_device(text)
+
+
+def test_threads_must_be_positive(doubler: Path) -> None:
+    with pytest.raises(ValueError, match="threads must be 1 or more, got 0"):
+        _open(doubler, threads=0)
+
+
+def test_by_default_a_run_takes_at_most_four_threads() -> None:
+    assert 1 <= default_threads() <= 4
