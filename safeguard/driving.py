@@ -1,7 +1,7 @@
 """The two drivers of a flow, one blocking and one for an event loop, and the time limits of its steps.
 
-A flow is a generator that yields the work it wants done as `Step`s and is sent the results. So the logic is written
-once, and nothing of ours ever runs on the event loop for long.
+A flow is a generator that yields the work it wants done as `Step`s and is sent the results. So the logic is
+written once, and nothing of ours ever runs on the event loop for long.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Work that a flow wants done: `run()`, within `timeout_s` when given. on_loop: it only makes an awaitable."""
+    """Work that a flow wants done: `run()`, within `timeout_s` when given.
+
+    on_loop: it only makes an awaitable.
+    """
 
     run: Callable[[], Any]
     timeout_s: float | None = None
@@ -29,7 +32,10 @@ class Step:
 
 
 class StepTimeout(Exception):
-    """A step ran out of its time. Its thread is left to end by itself: a running model cannot be stopped safely."""
+    """A step ran out of its time.
+
+    Its thread is left to end by itself: a running model cannot be stopped safely.
+    """
 
 
 Flow = Generator[Step, Any, T]
@@ -53,7 +59,9 @@ def drive(flow: Flow[T]) -> T:
 
 
 async def adrive(flow: Flow[T]) -> T:
-    """Run a flow without holding the event loop: each step gets a thread, or is awaited when it is a coroutine.
+    """Run a flow without holding the event loop.
+
+    Each step gets a thread, or is awaited when it is a coroutine.
 
     A cancelled caller closes the flow at once; a step that is running ends by itself in its thread.
     """
@@ -75,7 +83,10 @@ async def adrive(flow: Flow[T]) -> T:
 
 
 def _start(step: Step, done: Callable[[Any, BaseException | None], None]) -> None:
-    """Run a step in a daemon thread of its own, so that one that hangs neither starves a pool nor blocks exit."""
+    """Run a step in a daemon thread of its own.
+
+    One that hangs then neither starves a pool nor blocks exit.
+    """
     context = contextvars.copy_context()
 
     def work() -> None:

@@ -33,8 +33,8 @@ class SafeguardError(Exception):
 class Blocked(SafeguardError):
     """A policy refused the content.
 
-    reports: one per item of the call, in order; `report` is the first one that is blocked.
-    output: what the call would have returned, with only the blocked items replaced; None where nothing was made.
+    reports: one per item of the call, in order; `report` is the first one that is blocked. output: what the
+    call would have returned, with only the blocked items replaced; None where nothing was made.
     """
 
     def __init__(self, reports: Sequence[Report], output: Any = None) -> None:
@@ -51,7 +51,9 @@ class CheckFailed(SafeguardError):
     `Blocked`.
     """
 
-    def __init__(self, check: str, why: str = "failed", *, reports: Sequence[Report] = (), output: Any = None) -> None:
+    def __init__(
+        self, check: str, why: str = "failed", *, reports: Sequence[Report] = (), output: Any = None
+    ) -> None:
         self.check = check
         self.why = why
         self.reports = tuple(reports)

@@ -1,6 +1,7 @@
 """What happens in a guarded call: judge the prompt, refine it, generate, judge the result, try again.
 
-Written once as a generator over a `Job`, which is one call as its adapter sees it; `safeguard.driving` runs it.
+Written once as a generator over a `Job`, which is one call as its adapter sees it; `safeguard.driving` runs
+it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ Texts = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What one item of a call asks for: its texts by argument name, and the names of inputs that nobody can read."""
+    """What one item of a call asks for.
+
+    Its texts by argument name, and the names of inputs that nobody can read.
+    """
 
     texts: Texts
     unseen: tuple[str, ...] = ()
@@ -36,16 +40,19 @@ class Ask:
 class Job(Protocol):
     """One guarded call as its adapter sees it.
 
-    `first` makes the outputs of every ask, in order (a list per ask, `outputs` long); asks whose text is None were
-    refused and get nothing made. `again` makes one more output for one place. Both may be coroutine functions when
-    `on_loop` is true. `pieces` gives what the checks should see of each output.
+    `first` makes the outputs of every ask, in order (a list per ask, `outputs` long); asks whose text is None
+    were refused and get nothing made. `again` makes one more output for one place. Both may be coroutine
+    functions when `on_loop` is true. `pieces` gives what the checks should see of each output.
     """
 
-    task: Task
-    modality: Modality
-    on_loop: bool
-    asks: Sequence[Ask]
-
+    @property
+    def task(self) -> Task: ...
+    @property
+    def modality(self) -> Modality: ...
+    @property
+    def on_loop(self) -> bool: ...
+    @property
+    def asks(self) -> Sequence[Ask]: ...
     def first(self, texts: Sequence[Texts | None]) -> Any: ...
     def again(self, ask: int, place: int, texts: Texts) -> Any: ...
     def pieces(self, outputs: Sequence[Any], policy: Policy) -> Sequence[Piece]: ...
@@ -97,7 +104,9 @@ def judge_asks(route: Route, asks: Sequence[Ask], budget: Budget) -> Generator[S
     yield from _judge_texts(route, items, [list(item.texts) for item in items], budget)
     for item, ask in zip(items, asks, strict=True):
         if ask.unseen and policy.unseen_input == "block" and route.inputs.checks:
-            unseen = [Piece(name, (), 0, f"{name} cannot be seen by any check", refused=True) for name in ask.unseen]
+            unseen = [
+                Piece(name, (), 0, f"{name} cannot be seen by any check", refused=True) for name in ask.unseen
+            ]
             rows = yield from route.inputs.judge(unseen, budget)
             item.verdicts += [v for row in rows for v in row]
         item.asked = strongest(item.verdicts)
@@ -134,7 +143,12 @@ def _judge_texts(
 
     def read() -> list[Piece]:
         return [
-            text_piece(name, item.texts[name], route.policy, 1 + _last_round(item, "input", name) if item.verdicts else 0)
+            text_piece(
+                name,
+                item.texts[name],
+                route.policy,
+                1 + _last_round(item, "input", name) if item.verdicts else 0,
+            )
             for item, name in places
         ]
 
@@ -156,7 +170,10 @@ def _report_only(verdict: Verdict) -> Verdict:
 
 
 def _rewrite(route: Route, items: Sequence[Item], budget: Budget) -> Generator[Step, Any, list[list[str]]]:
-    """Refine or redact the flagged texts of each item in place; returns the names of the texts that changed."""
+    """Refine or redact the flagged texts of each item in place.
+
+    Returns the names of the texts that changed.
+    """
     changed: list[list[str]] = [[] for _ in items]
     places: list[tuple[int, str]] = []
     requests: list[RefineRequest] = []
@@ -176,9 +193,9 @@ def _rewrite(route: Route, items: Sequence[Item], budget: Budget) -> Generator[S
                 places.append((i, name))
                 requests.append(RefineRequest(item.texts[name], flagged, spans))
     texts = yield from _refine(route, requests, budget)
-    for (i, name), text in zip(places, texts, strict=True):
-        if text is not None and text != items[i].texts[name]:
-            items[i].texts[name] = text
+    for (i, name), rewrite in zip(places, texts, strict=True):
+        if rewrite is not None and rewrite != items[i].texts[name]:
+            items[i].texts[name] = rewrite
             changed[i].append(name)
     return changed
 
@@ -186,14 +203,22 @@ def _rewrite(route: Route, items: Sequence[Item], budget: Budget) -> Generator[S
 def _refine(
     route: Route, requests: Sequence[RefineRequest], budget: Budget
 ) -> Generator[Step, Any, list[str | None]]:
-    """A rewrite per request; None where there is no refiner, or it failed or gave no text (so the item is blocked)."""
+    """A rewrite per request; None where there is no refiner.
+
+    Or it failed or gave no text (so the item is blocked).
+    """
     if not requests or route.refiner is None:
         return [None] * len(requests)
     started = time.perf_counter()
     try:
         texts = yield Step(partial(route.refiner, list(requests)), budget.timeout_s())
     except Exception as exc:
-        log.error("refiner failed: refiner=%s items=%d error=%s", route.refiner.name, len(requests), type(exc).__name__)
+        log.error(
+            "refiner failed: refiner=%s items=%d error=%s",
+            route.refiner.name,
+            len(requests),
+            type(exc).__name__,
+        )
         texts = None
     finally:
         budget.spend(time.perf_counter() - started)
@@ -219,7 +244,9 @@ def run(route: Route, job: Job) -> Generator[Step, Any, Outcome]:
                 for output in ([None] * spec.outputs if refused else outputs)
             ]
         )
-    yield from _judge_outputs(route, job, [i for row in items for i in row if i.asked is not Action.BLOCK], budget)
+    yield from _judge_outputs(
+        route, job, [i for row in items for i in row if i.asked is not Action.BLOCK], budget
+    )
     for a, row in enumerate(items):
         for place, item in enumerate(row):
             if item.made in (Action.REFINE, Action.REGENERATE):
@@ -229,7 +256,9 @@ def run(route: Route, job: Job) -> Generator[Step, Any, Outcome]:
     return _settle(route, job, items, budget)
 
 
-def _judge_outputs(route: Route, job: Job, items: Sequence[Item], budget: Budget) -> Generator[Step, Any, None]:
+def _judge_outputs(
+    route: Route, job: Job, items: Sequence[Item], budget: Budget
+) -> Generator[Step, Any, None]:
     """Judge the present output of each item."""
     if not items or not route.outputs.checks:
         return
@@ -241,7 +270,9 @@ def _judge_outputs(route: Route, job: Job, items: Sequence[Item], budget: Budget
         pieces = [Piece("output", (), 0, f"output cannot be read ({type(exc).__name__})")] * len(items)
     budget.spend(time.perf_counter() - started)
     pieces = [
-        replace(piece, round=1 + _last_round(item, "output", piece.source)) if item.rounds or item.made.strength else piece
+        replace(piece, round=1 + _last_round(item, "output", piece.source))
+        if item.rounds or item.made.strength
+        else piece
         for piece, item in zip(pieces, items, strict=True)
     ]
     rows = yield from route.outputs.judge(pieces, budget)
@@ -253,7 +284,9 @@ def _judge_outputs(route: Route, job: Job, items: Sequence[Item], budget: Budget
 def _more_rounds(
     route: Route, job: Job, a: int, place: int, item: Item, budget: Budget
 ) -> Generator[Step, Any, None]:
-    """Iterative refinement of one output: original prompt and latest result in, new prompt or new seed, judged again.
+    """Iterative refinement of one output.
+
+    Original prompt and latest result in, new prompt or new seed, judged again.
 
     Unlike the published loop the last result is judged too; what is still unsafe then is blocked.
     """
@@ -272,7 +305,10 @@ def _more_rounds(
 
 
 def _redact(route: Route, job: Job, item: Item, budget: Budget) -> Generator[Step, Any, None]:
-    """Cut the flagged places out of an output; what is left is judged again, and blocked if it is still flagged."""
+    """Cut the flagged places out of an output.
+
+    What is left is judged again, and blocked if it is still flagged.
+    """
     last = _last_round(item, "output", "output")
     spans = [s for v in item.verdicts if v.stage == "output" and v.round == last for s in v.spans]
     if spans:

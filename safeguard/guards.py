@@ -30,7 +30,10 @@ _captures: contextvars.ContextVar[tuple[list[Report], ...]] = contextvars.Contex
 
 @contextmanager
 def capture() -> Iterator[list[Report]]:
-    """Collect the reports of all guarded calls made inside the block, in this thread or task and what it starts."""
+    """Collect the reports of all guarded calls made inside the block.
+
+    In this thread or task and what it starts.
+    """
     reports: list[Report] = []
     token = _captures.set((*_captures.get(), reports))
     try:
@@ -54,9 +57,9 @@ class _Loaded:
 class Guard:
     """Checks before and after, a refiner between. Call it on a pipeline, a model or a function to guard that.
 
-    inputs and outputs are check objects used besides those that the policy names. on_report is called with every
-    report of a guarded call, for audit; what it raises ends the call. salt keys the content hashes in reports;
-    give one to compare hashes between processes. Safe to use from several threads and tasks.
+    inputs and outputs are check objects used besides those that the policy names. on_report is called with
+    every report of a guarded call, for audit; what it raises ends the call. salt keys the content hashes in
+    reports; give one to compare hashes between processes. Safe to use from several threads and tasks.
     """
 
     inputs: Sequence[Check[Any]] = ()
@@ -74,7 +77,10 @@ class Guard:
 
     @classmethod
     def from_preset(cls, name: str = "standard", **parts: Any) -> Self:
-        """The guard of a policy that ships with the package; parts are fields such as `inputs` or `on_report`."""
+        """The guard of a policy that ships with the package.
+
+        Parts are fields such as `inputs` or `on_report`.
+        """
         return cls(policy=Policy.preset(name), **parts)
 
     @classmethod
@@ -87,9 +93,9 @@ class Guard:
     def __call__(self, target: T, /, **how: Any) -> T:
         """Guard `target`: a diffusers pipeline or transformers model in place, a function by a guarded twin.
 
-        how goes to the adapter: `prompt` (name of the prompt argument), `task` ("t2i" or "llm"), `tokenizer`, ...
-        Models named by the policy are loaded now, so that what is missing is said here and not in the first call.
-        Raises TypeError for what cannot be guarded.
+        how goes to the adapter: `prompt` (name of the prompt argument), `task` ("t2i" or "llm"), `tokenizer`,
+        ... Models named by the policy are loaded now, so that what is missing is said here and not in the
+        first call. Raises TypeError for what cannot be guarded.
         """
         known = registry.names("adapters")
         for base in type(target).__mro__:
@@ -97,9 +103,11 @@ class Guard:
             if name in known:
                 return registry.load("adapters", name)(target, self, **how)  # type: ignore[no-any-return]
         if (callable(target) or isinstance(target, classmethod)) and not isinstance(target, type):
-            return registry.load("adapters", "builtins.function")(target, self, **how)  # type: ignore[no-any-return]
+            wrap = registry.load("adapters", "builtins.function")
+            return wrap(target, self, **how)  # type: ignore[no-any-return]
         raise TypeError(
-            f"cannot guard {type(target).__name__}; give a function, a diffusers pipeline or a transformers model"
+            f"cannot guard {type(target).__name__}; "
+            "give a function, a diffusers pipeline or a transformers model"
         )
 
     # --- check only: never generates ----------------------------------------------------------
@@ -145,7 +153,9 @@ class Guard:
 
     def _limited(self, items: list[T]) -> list[T]:
         if len(items) > self.policy.max_items:
-            raise ValueError(f"a call may have at most {self.policy.max_items} items (max_items), got {len(items)}")
+            raise ValueError(
+                f"a call may have at most {self.policy.max_items} items (max_items), got {len(items)}"
+            )
         return items
 
     # --- for adapters -------------------------------------------------------------------------
@@ -179,7 +189,10 @@ class Guard:
         return reports
 
     def settle(self, reports: list[Report], output: T) -> T:
-        """Tell the reports; then return the output, or raise when something is blocked and the policy says raise."""
+        """Tell the reports; then return the output.
+
+        Or raise when something is blocked and the policy says raise.
+        """
         self.tell(reports)
         if self.policy.on_block == "replace":
             return output
@@ -254,7 +267,8 @@ def guard(
 ) -> Any:
     """Guard a pipeline, a model or a function; without a target, the decorator that does.
 
-    preset is "standard" unless a policy (an object or a file) is given. how goes to the adapter, see `Guard.__call__`.
+    preset is "standard" unless a policy (an object or a file) is given. how goes to the adapter, see
+    `Guard.__call__`.
     """
     if preset is not None and policy is not None:
         raise ValueError("give preset or policy, not both")

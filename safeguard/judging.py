@@ -1,11 +1,14 @@
-"""From content to verdicts: runs the checks of one surface over all readings of each piece, closed when in doubt."""
+"""From content to verdicts: runs the checks of one surface over all readings of each piece.
+
+Closed when in doubt.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,8 +30,8 @@ Judging = Generator[Step, Any, "list[list[Verdict]]"]
 class Piece:
     """One thing to judge: where it came from, and all readings of it that checks should see.
 
-    views: for text its readings with offsets, for images the pictures (frames, with and without alpha). unseen says
-    why it cannot be judged at all.
+    views: for text its readings with offsets, for images the pictures (frames, with and without alpha).
+    unseen says why it cannot be judged at all.
     """
 
     source: str
@@ -44,7 +47,9 @@ def text_piece(source: str, text: Any, policy: Policy, number: int = 0) -> Piece
     if not isinstance(text, str):
         return Piece(source, (), number, f"{source} must be text, got {type(text).__name__}")
     if len(text) > policy.max_chars:
-        return Piece(source, (), number, f"{source} has {len(text)} characters, more than max_chars {policy.max_chars}")
+        return Piece(
+            source, (), number, f"{source} has {len(text)} characters, more than max_chars {policy.max_chars}"
+        )
     return Piece(source, views(text), number)
 
 
@@ -92,7 +97,10 @@ class Surface:
         self._judged = [{} for _ in self.checks]
 
     def judge(self, pieces: Sequence[Piece], budget: Budget) -> Judging:
-        """One list of verdicts per piece, in order. Never raises for what a check does: that becomes an error."""
+        """One list of verdicts per piece, in order.
+
+        Never raises for what a check does: that becomes an error.
+        """
         out: list[list[Verdict]] = [[] for _ in pieces]
         if not self.checks:
             return out
@@ -114,8 +122,13 @@ class Surface:
                 out[i].append(self._verdict(number, check, pieces[i], [results[r] for r in rows], each_ms))
         return out
 
-    def _run(self, check: Check[Any], batch: list[Any], budget: Budget) -> Generator[Step, Any, list[Finding | str]]:
-        """A finding per reading, or what went wrong with it. One bad item does not take its neighbours with it."""
+    def _run(
+        self, check: Check[Any], batch: list[Any], budget: Budget
+    ) -> Generator[Step, Any, list[Finding | str]]:
+        """A finding per reading, or what went wrong with it.
+
+        One bad item does not take its neighbours with it.
+        """
         try:
             found = yield Step(partial(_call, check, batch), budget.timeout_s())
         except StepTimeout:
@@ -215,7 +228,10 @@ def _finding(row: Finding | Scores) -> Finding | str:
 
 
 def _flatten(pieces: Sequence[Piece], modality: Modality) -> tuple[list[Any], list[list[int]]]:
-    """All readings in one batch, and for each piece the rows that are its own. Equal texts are scored once."""
+    """All readings in one batch, and for each piece the rows that are its own.
+
+    Equal texts are scored once.
+    """
     batch: list[Any] = []
     places: list[list[int]] = []
     known: dict[str, int] = {}
@@ -271,5 +287,3 @@ def strongest(verdicts: Sequence[Verdict]) -> Action:
     if len(verdicts) == 1:
         return verdicts[0].action
     return max((v.action for v in verdicts), key=lambda a: a.strength, default=Action.ALLOW)
-
-

@@ -50,7 +50,10 @@ class Rules(_Part):
     """What is judged on one surface, and what happens to what is flagged."""
 
     checks: tuple[str, ...] = ()
-    """Model packs, or `kind:argument` such as `blocklist:words.txt`; loaded when the surface is first needed."""
+    """Model packs, or `kind:argument` such as `blocklist:words.txt`.
+
+    Loaded when the surface is first needed.
+    """
     optional_checks: tuple[str, ...] = ()
     """Used where their packs are installed; `safeguard doctor` says which are."""
     action: Action = Action.BLOCK
@@ -89,7 +92,10 @@ class OutputRules(_Part):
 
 
 class StreamRules(_Part):
-    """How streamed text is held back. `withhold`: nothing is released that was not scored with what follows it."""
+    """How streamed text is held back.
+
+    `withhold`: nothing is released that was not scored with what follows it.
+    """
 
     mode: Literal["withhold", "sentence", "shadow"] = "withhold"
     hold_chars: Annotated[int, Field(ge=1, le=100_000)] = 160
@@ -107,7 +113,10 @@ class Policy(_Part):
     mode: Literal["enforce", "monitor"] = "enforce"
     """monitor: everything is judged and reported, nothing is changed or withheld."""
     operating_point: str | None = None
-    """Which of a check's calibrated thresholds hold where the policy names none: lenient, standard, strict."""
+    """Which of a check's calibrated thresholds hold where the policy names none.
+
+    Lenient, standard, strict.
+    """
     input: InputRules = InputRules()
     output: OutputRules = OutputRules()
     refiner: str | None = None
@@ -174,16 +183,23 @@ class Policy(_Part):
         """One of the policies that ship with the package: monitor, lenient, standard, strict."""
         if name not in PRESETS:
             raise UnknownName("preset", name, PRESETS)
-        text = (resources.files("safeguard") / "data" / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+        text = (resources.files("safeguard") / "data" / "presets" / f"{name}.yaml").read_text(
+            encoding="utf-8"
+        )
         return cls.from_text(text, "yaml", where=f"preset {name}")
 
     @classmethod
     def from_file(cls, path: str | Path) -> Policy:
-        """Read a policy from `.yaml`, `.yml`, `.toml` or `.json`. Raises PolicyError, or OSError as open does."""
+        """Read a policy from `.yaml`, `.yml`, `.toml` or `.json`.
+
+        Raises PolicyError, or OSError as open does.
+        """
         path = Path(path)
         form = _form(path)
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise PolicyError(f"{path.name} is larger than {MAX_FILE_BYTES} bytes; a policy is a page of text")
+            raise PolicyError(
+                f"{path.name} is larger than {MAX_FILE_BYTES} bytes; a policy is a page of text"
+            )
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as exc:
@@ -193,9 +209,9 @@ class Policy(_Part):
     @classmethod
     def from_text(cls, text: str, form: Literal["yaml", "toml", "json"], *, where: str = "policy") -> Policy:
         """Read a policy from text. Unknown keys are refused, naming the nearest known one."""
-        from safeguard import policy_files  # parsers are slow to import, so only when a file is read
+        from safeguard.policy_files import parse  # parsers are slow to import, so only when a file is read
 
-        return cls.from_data(policy_files.parse(text, form, where), where=where)
+        return cls.from_data(parse(text, form, where), where=where)
 
     @classmethod
     def from_data(cls, data: Any, *, where: str = "policy") -> Policy:
@@ -208,10 +224,13 @@ class Policy(_Part):
             raise PolicyError(f"{where}: " + "; ".join(map(_explain, exc.errors()))) from exc
 
     def to_text(self, form: Literal["yaml", "toml", "json"]) -> str:
-        """Write the policy so that reading it back gives an equal one; only what differs from the defaults."""
-        from safeguard import policy_files
+        """Write the policy so that reading it back gives an equal one.
 
-        return policy_files.dump(self.model_dump(mode="json", exclude_defaults=True), form)
+        Only what differs from the defaults.
+        """
+        from safeguard.policy_files import dump
+
+        return dump(self.model_dump(mode="json", exclude_defaults=True), form)
 
     def to_file(self, path: str | Path) -> None:
         """Write to `.yaml`, `.yml`, `.toml` or `.json`."""
@@ -228,7 +247,9 @@ def _form(path: Path) -> Literal["yaml", "toml", "json"]:
         case ".json":
             return "json"
         case suffix:
-            raise PolicyError(f"policy files end in .yaml, .yml, .toml or .json, got {suffix or 'no ending'!r}")
+            raise PolicyError(
+                f"policy files end in .yaml, .yml, .toml or .json, got {suffix or 'no ending'!r}"
+            )
 
 
 def _explain(error: Any) -> str:

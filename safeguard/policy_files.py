@@ -17,7 +17,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", mark)
         return super().compose_node(parent, index)
 
@@ -48,7 +48,7 @@ def parse(text: str, form: Literal["yaml", "toml", "json"], where: str) -> Any:
     try:
         match form:
             case "yaml":
-                return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader with less in it
+                return yaml.load(text, Loader=_StrictLoader)
             case "toml":
                 return tomllib.loads(text)
             case "json":
@@ -72,7 +72,10 @@ def dump(data: dict[str, Any], form: Literal["yaml", "toml", "json"]) -> str:
 
 
 def _without_none(data: Any) -> Any:
-    """TOML has no null; our only nullable fields have None as their default, so leaving them out says the same."""
+    """TOML has no null; our only nullable fields have None as their default.
+
+    So leaving them out says the same.
+    """
     if isinstance(data, dict):
         return {key: _without_none(value) for key, value in data.items() if value is not None}
     return data

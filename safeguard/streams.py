@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from safeguard import flow
 from safeguard.driving import Step, adrive, drive
@@ -17,9 +17,9 @@ _SENTENCE_END = re.compile(r"[.!?…。！？]['\")\]]*\s|\n")
 class HeldText:
     """One stream of text: takes pieces in, gives out what may be released. All its state is its own.
 
-    withhold: released is only what was scored with at least `hold_chars` behind it. sentence: whole sentences, scored
-    with all that came before in the context. shadow: released at once, judged at the end. The end is always judged
-    on the whole text, so the last verdict is that of the unstreamed text.
+    withhold: released is only what was scored with at least `hold_chars` behind it. sentence: whole
+    sentences, scored with all that came before in the context. shadow: released at once, judged at the end.
+    The end is always judged on the whole text, so the last verdict is that of the unstreamed text.
     """
 
     def __init__(self, route: flow.Route) -> None:
@@ -50,7 +50,7 @@ class HeldText:
         if not isinstance(chunk, str):
             why = f"a stream must give text, got {type(chunk).__name__}"
             yield from self._judge(Piece("output", (), 0, why))
-            return "" if self.stopped else chunk  # on_error allow: handed on unseen, and logged
+            return "" if self.stopped else cast(str, chunk)  # monitored: handed on unseen, and logged
         self._length += len(chunk)
         if self._length > self._route.policy.max_chars:
             why = f"the stream is longer than max_chars {self._route.policy.max_chars}"
@@ -68,11 +68,15 @@ class HeldText:
         yield from self._judge(text_piece("output", self._context + self._held, self._route.policy))
         return "" if self.stopped else self._release(ready)
 
-    def finish(self) -> Generator[Step, Any, str]:
-        """Judge the whole text; returns the rest that may be released."""
+    def finish(self, whole: str | None = None) -> Generator[Step, Any, str]:
+        """Judge the whole text; returns the rest that may be released.
+
+        whole: the text, where it is known better than by its chunks, as when tokens are decoded together.
+        """
         if self.stopped:
             return ""
-        yield from self._judge(text_piece("output", "".join(self._text), self._route.policy))
+        text = "".join(self._text) if whole is None else whole
+        yield from self._judge(text_piece("output", text, self._route.policy))
         return "" if self.stopped else self._release(len(self._held))
 
     def _ready(self) -> int:
@@ -90,7 +94,7 @@ class HeldText:
 
     def _judge(self, piece: Piece) -> Generator[Step, Any, None]:
         (row,) = yield from self._route.outputs.judge([piece], self._budget)
-        # a clean verdict replaces the one before: what counts is the latest look, or the one that stopped the stream
+        # a clean verdict replaces the one before: what counts is the latest look, or what stopped the stream
         self.verdicts = row
 
 

@@ -1,4 +1,7 @@
-"""Small real checks, refiners and backends with known answers, for tests of guarded applications and our own."""
+"""Small real checks, refiners and backends with known answers.
+
+For tests of guarded applications and our own.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ class FakeBackend:
 
 
 class WordCheck:
-    """Scores 1 for texts that hold one of the words, else 0; spans are where they stand. Counts what it is given."""
+    """Scores 1 for texts that hold one of the words, else 0; spans are where they stand.
+
+    Counts what it is given.
+    """
 
     modality: Modality = "text"
 

@@ -50,7 +50,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """How much of an item was looked at: `checked` of `total` units ("tokens", "frames"), in `windows` pieces."""
+    """How much of an item was looked at.
+
+    `checked` of `total` units ("tokens", "frames"), in `windows` pieces.
+    """
 
     unit: str
     total: int
@@ -70,11 +73,12 @@ class Finding:
 class Check(Protocol[T_contra]):
     """Scores a batch. Knows nothing of stages, thresholds or what happens next.
 
-    Text checks get strings, image checks PIL images or arrays (see `safeguard.images`). One result per item, in
-    order: a `Finding`, or bare scores where there is nothing more to say. Safe to call from several threads.
+    Text checks get strings, image checks PIL images or arrays (see `safeguard.images`). One result per item,
+    in order: a `Finding`, or bare scores where there is nothing more to say. Safe to call from several
+    threads.
 
-    Three attributes are optional: `digest` (what model this is, 64 hex digits), `operating_points` (point name ->
-    category -> calibrated threshold) and `labels` (every category it can give).
+    Three attributes are optional: `digest` (what model this is, 64 hex digits), `operating_points` (point
+    name -> category -> calibrated threshold) and `labels` (every category it can give).
     """
 
     @property
@@ -88,8 +92,9 @@ class Check(Protocol[T_contra]):
 class RefineRequest:
     """One prompt to rewrite: always the user's original, with what is known of why.
 
-    flagged: categories over their thresholds. spans: where, in characters of `prompt`. result: the latest generated
-    item (image or text), None before anything was generated. round: 0 before generation, then 1, 2, ...
+    flagged: categories over their thresholds. spans: where, in characters of `prompt`. result: the latest
+    generated item (image or text), None before anything was generated. round: 0 before generation, then 1, 2,
+    ...
     """
 
     prompt: str = field(repr=False)
@@ -111,8 +116,9 @@ class Refiner(Protocol):
 class Verdict:
     """What one check said of one piece of content, and what the policy made of it.
 
-    source names the piece: "prompt", "negative_prompt", "output" ... thresholds holds the judged categories only.
-    error is set, and scores may be empty, where the check failed. spans are characters of the original text.
+    source names the piece: "prompt", "negative_prompt", "output" ... thresholds holds the judged categories
+    only. error is set, and scores may be empty, where the check failed. spans are characters of the original
+    text.
     """
 
     check: str
@@ -174,8 +180,9 @@ class Verdict:
 class Report:
     """Everything said of one item of a call, over all rounds. Holds no content but the revised prompt.
 
-    action: what finally happened to the item. rounds: generations beyond the first. latency_ms: the guard's own time,
-    checks and refiner, without the generation. content: salted hash of the original text, None for images.
+    action: what finally happened to the item. rounds: generations beyond the first. latency_ms: the guard's
+    own time, checks and refiner, without the generation. content: salted hash of the original text, None for
+    images.
     """
 
     action: Action
@@ -213,8 +220,8 @@ class Report:
     def risk(self) -> float:
         """Largest calibrated probability among the judged categories of what was first asked, or last made.
 
-        0 to 1, also where nothing is flagged. A refined prompt keeps the risk of the original: that is what was
-        asked for.
+        0 to 1, also where nothing is flagged. A refined prompt keeps the risk of the original: that is what
+        was asked for.
         """
         return max((v.risk for v in self.verdicts if v.round == 0), default=0.0)
 

@@ -157,7 +157,9 @@ def test_replaced_answer_does_not_raise() -> None:
 
 
 def test_on_block_replace_gives_the_placeholder() -> None:
-    guard = Guard(outputs=[WordCheck("knife")], policy=policy(on_block="replace", placeholder_text="(withheld)"))
+    guard = Guard(
+        outputs=[WordCheck("knife")], policy=policy(on_block="replace", placeholder_text="(withheld)")
+    )
     assert guard(echo)("a knife") == "(withheld)"
 
 
@@ -279,7 +281,14 @@ def test_score_that_is_no_probability_is_an_error_and_closed(score: float) -> No
 
 @pytest.mark.parametrize(
     "results",
-    [lambda b: [], lambda b: [{}], lambda b: None, lambda b: [None], lambda b: [{"bad": "high"}], lambda b: [{"bad": None}]],
+    [
+        lambda b: [],
+        lambda b: [{}],
+        lambda b: None,
+        lambda b: [None],
+        lambda b: [{"bad": "high"}],
+        lambda b: [{"bad": None}],
+    ],
     ids=["too few", "no scores", "None", "row None", "text score", "None score"],
 )
 def test_malformed_result_of_a_check_is_an_error_and_closed(results: Callable[[Sequence[str]], Any]) -> None:
@@ -395,7 +404,9 @@ def test_calibrated_thresholds_of_a_check_hold_at_the_operating_point_of_the_pol
 
 
 def test_content_hash_is_the_same_for_the_same_salt_and_text() -> None:
-    one, two = (Guard(inputs=[WordCheck("k")], salt=b"salt").check_input("hello")[0].content for _ in range(2))
+    one, two = (
+        Guard(inputs=[WordCheck("k")], salt=b"salt").check_input("hello")[0].content for _ in range(2)
+    )
     other = Guard(inputs=[WordCheck("k")], salt=b"pepper").check_input("hello")[0].content
     assert one == two != other
 
@@ -462,7 +473,7 @@ def test_cancelled_task_leaves_the_guard_usable() -> None:
 
     async def cancel() -> str:
         task = asyncio.create_task(guarded("first"))
-        while not check.entered.is_set():  # noqa: ASYNC110 - a thread sets it
+        while not check.entered.is_set():
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

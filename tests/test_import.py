@@ -7,7 +7,19 @@ import sys
 
 import safeguard
 
-HEAVY = ("torch", "transformers", "diffusers", "onnxruntime", "onnx", "tokenizers", "PIL", "numpy", "rich", "typer", "yaml")
+HEAVY = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "onnxruntime",
+    "onnx",
+    "tokenizers",
+    "PIL",
+    "numpy",
+    "rich",
+    "typer",
+    "yaml",
+)
 
 
 def test_import_pulls_in_no_heavy_library() -> None:

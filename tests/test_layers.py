@@ -35,9 +35,9 @@ def module_level_imports(path: Path) -> set[str]:
             found.add(str(node.module).split(".")[1])
         elif isinstance(node, ast.Import):
             found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("safeguard.")}
-        elif isinstance(node, ast.Try):
-            todo += node.body
-        elif isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING":
+        elif isinstance(node, ast.Try) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING"
+        ):
             todo += node.body
     return found
 
@@ -45,7 +45,9 @@ def module_level_imports(path: Path) -> set[str]:
 def sources() -> list[tuple[str, Path]]:
     """(layer, file) for every file we ship; the two linked folders are walked where they really are."""
     top = [(p.stem, p) for p in ROOT.glob("*.py") if p.stem != "__init__"]
-    inside = [(d.name, p) for d in ROOT.iterdir() if d.is_dir() and not d.is_symlink() for p in d.rglob("*.py")]
+    inside = [
+        (d.name, p) for d in ROOT.iterdir() if d.is_dir() and not d.is_symlink() for p in d.rglob("*.py")
+    ]
     linked = [(n, p) for n in ("exporters", "integrations") for p in (ROOT.parent / n).rglob("*.py")]
     return sorted((n, p) for n, p in top + inside + linked if "__pycache__" not in p.parts)
 

@@ -90,7 +90,5 @@ def test_wheel_made_through_the_sdist_imports_every_module_in_a_fresh_environmen
         "    module = importlib.import_module(name)\n"
         f"    assert module.__file__.startswith({str(site)!r}), module.__file__\n"
     )
-    done = subprocess.run(
-        [python, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=280
-    )
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr

@@ -41,7 +41,10 @@ def test_equal_policies_have_equal_digests() -> None:
 
 
 def test_another_threshold_gives_another_digest() -> None:
-    assert Policy.from_text(STANDARD, "yaml").digest != Policy.from_text(STANDARD.replace("0.7", "0.8"), "yaml").digest
+    assert (
+        Policy.from_text(STANDARD, "yaml").digest
+        != Policy.from_text(STANDARD.replace("0.7", "0.8"), "yaml").digest
+    )
 
 
 def test_rule_of_a_category_beats_the_calibrated_threshold() -> None:
@@ -87,12 +90,16 @@ def test_nan_threshold_is_refused() -> None:
 
 
 def test_action_that_cannot_be_carried_out_is_refused() -> None:
-    with pytest.raises(PolicyError, match=r"input.t2i.action: 'regenerate' cannot be done here; use refine or block"):
+    with pytest.raises(
+        PolicyError, match=r"input.t2i.action: 'regenerate' cannot be done here; use refine or block"
+    ):
         Policy.from_text("input: {t2i: {action: regenerate}}", "yaml")
 
 
 def test_redacting_a_picture_is_refused() -> None:
-    with pytest.raises(PolicyError, match=r"output.image.categories.gore.action: 'redact' cannot be done here"):
+    with pytest.raises(
+        PolicyError, match=r"output.image.categories.gore.action: 'redact' cannot be done here"
+    ):
         Policy.from_text("output: {image: {categories: {gore: {action: redact}}}}", "yaml")
 
 
@@ -148,7 +155,9 @@ def test_list_at_the_top_is_refused() -> None:
 
 
 def test_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(UnknownName, match="no preset named 'medium'; known: monitor, lenient, standard, strict"):
+    with pytest.raises(
+        UnknownName, match="no preset named 'medium'; known: monitor, lenient, standard, strict"
+    ):
         Policy.preset("medium")
 
 

@@ -5,20 +5,30 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from safeguard import flow
 from safeguard.adapters.messages import is_chat, judged_turns
 from safeguard.driving import adrive, drive
 from safeguard.guards import Guard
-from safeguard.judging import Piece, image_piece, text_piece
+from safeguard.judging import Budget, Piece, image_piece, text_piece
 from safeguard.policy import Policy
 from safeguard.streams import GuardedStream
 from safeguard.types import Action, Modality, Span, Task
 
 T = TypeVar("T")
 
-PROMPT_NAMES = ("prompt", "prompts", "messages", "message", "query", "question", "instruction", "text", "texts")
+PROMPT_NAMES = (
+    "prompt",
+    "prompts",
+    "messages",
+    "message",
+    "query",
+    "question",
+    "instruction",
+    "text",
+    "texts",
+)
 """Argument names taken for the prompt, best first, where the user names none."""
 
 Reader = Callable[[Any], Any]
@@ -34,17 +44,17 @@ def wrap(
 ) -> T:
     """Return a twin of `target` that is guarded; `target` itself stays as it is.
 
-    prompt: name of the argument, or names when there are several, the main one first; found by name when not given.
-    Arguments with "prompt" in their name are judged as well. task: "llm" for text made from text, "t2i" for images;
-    read from the return annotation when not given, else "llm". output: takes what is judged (text or image) out of
-    the result, where the result is something else, such as a response object.
+    prompt: name of the argument, or names when there are several, the main one first; found by name when not
+    given. Arguments with "prompt" in their name are judged as well. task: "llm" for text made from text,
+    "t2i" for images; read from the return annotation when not given, else "llm". output: takes what is judged
+    (text or image) out of the result, where the result is something else, such as a response object.
 
     The prompt may be a text, a list of texts (the function then gives a list as long) or chat messages.
     Raises TypeError when it cannot be told which argument is the prompt.
     """
     func: Any = target
     if isinstance(func, staticmethod):
-        return staticmethod(wrap(func.__func__, guard, prompt=prompt, task=task, output=output))  # type: ignore[return-value]
+        return cast(T, staticmethod(wrap(func.__func__, guard, prompt=prompt, task=task, output=output)))
     if isinstance(func, classmethod):
         raise TypeError("put @guard below @classmethod, so that it wraps the function itself")
     if getattr(func, "__safeguard__", None) is not None:
@@ -68,7 +78,10 @@ def wrap(
 
 
 def _dressed(method: Any, func: Any, guard: Guard) -> Any:
-    """A plain function, so that it binds as a method and shows its own kind (async, generator) to frameworks."""
+    """A plain function, so that it binds as a method and shows its own kind (async.
+
+    Generator) to frameworks.
+    """
     if inspect.isasyncgenfunction(method):
 
         async def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -76,7 +89,7 @@ def _dressed(method: Any, func: Any, guard: Guard) -> Any:
                 yield text
     elif inspect.isgeneratorfunction(method):
 
-        def guarded(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
+        def guarded(*args: Any, **kwargs: Any) -> Any:
             yield from method(args, kwargs)
     elif inspect.iscoroutinefunction(method):
 
@@ -84,7 +97,7 @@ def _dressed(method: Any, func: Any, guard: Guard) -> Any:
             return await method(args, kwargs)
     else:
 
-        def guarded(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
+        def guarded(*args: Any, **kwargs: Any) -> Any:
             return method(args, kwargs)
 
     if hasattr(func, "__name__"):
@@ -100,16 +113,18 @@ def _name(func: Any) -> str:
     return str(getattr(func, "__qualname__", type(func).__name__))
 
 
-def _prompt_names(func: Any, signature: inspect.Signature, wanted: str | Sequence[str] | None) -> tuple[str, ...]:
-    plain = [
-        p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+def _prompt_names(
+    func: Any, signature: inspect.Signature, wanted: str | Sequence[str] | None
+) -> tuple[str, ...]:
+    plain = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     if wanted is not None:
         names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
         unknown = [n for n in names if n not in plain and not open_ended]
         if unknown or not names:
-            raise TypeError(f"{_name(func)} has no argument {', '.join(unknown)}; it has {', '.join(plain) or 'none'}")
+            raise TypeError(
+                f"{_name(func)} has no argument {', '.join(unknown)}; it has {', '.join(plain) or 'none'}"
+            )
     else:
         found = next((n for n in PROMPT_NAMES if n in plain), None)
         rest = [n for n in plain if n not in ("self", "cls")]
@@ -126,12 +141,17 @@ def _prompt_names(func: Any, signature: inspect.Signature, wanted: str | Sequenc
 
 def _task_of(signature: inspect.Signature) -> Task:
     annotation = signature.return_annotation
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "") + str(annotation)
+    text = (
+        annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "") + str(annotation)
+    )
     return "t2i" if any(word in text for word in ("Image", "ndarray", "Tensor")) else "llm"
 
 
 def _only_place(signature: inspect.Signature, names: tuple[str, ...]) -> int | None:
-    """Position of the prompt where it is the one argument to judge; binding arguments costs more than all the rest."""
+    """Position of the prompt where it is the one argument to judge.
+
+    Binding arguments costs more than all the rest.
+    """
     parameters = list(signature.parameters.values())
     kinds = {p.kind for p in parameters}
     if len(names) != 1 or inspect.Parameter.VAR_KEYWORD in kinds or inspect.Parameter.VAR_POSITIONAL in kinds:
@@ -170,7 +190,7 @@ class _Call:
     def stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
         job = _FunctionJob(self, args, kwargs, streamed=True)
         route = self.guard.route(self.task, "text")
-        (item,) = drive(flow.judge_asks(route, job.asks, flow.Budget(route.policy)))
+        (item,) = drive(flow.judge_asks(route, job.asks, Budget(route.policy)))
         if item.asked is Action.BLOCK:
             report = flow.make_report(route, job.asks[0], item.texts, item.verdicts, item.asked)
             yield self.guard.settle([report], route.policy.placeholder_text)
@@ -180,7 +200,7 @@ class _Call:
     async def async_stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AsyncIterator[Any]:
         job = _FunctionJob(self, args, kwargs, streamed=True)
         route = self.guard.route(self.task, "text")
-        (item,) = await adrive(flow.judge_asks(route, job.asks, flow.Budget(route.policy)))
+        (item,) = await adrive(flow.judge_asks(route, job.asks, Budget(route.policy)))
         if item.asked is Action.BLOCK:
             report = flow.make_report(route, job.asks[0], item.texts, item.verdicts, item.asked)
             yield self.guard.settle([report], route.policy.placeholder_text)
@@ -247,7 +267,9 @@ class _FunctionJob:
         for name, value in self._values.items():
             value = value[row] if _is_batch(value) else value
             if is_chat(value):
-                texts.update({f"{name}[{i}]": text for i, text in judged_turns(value, self._call.guard.policy.history)})
+                texts.update(
+                    {f"{name}[{i}]": text for i, text in judged_turns(value, self._call.guard.policy.history)}
+                )
             else:
                 texts[name] = value  # what is no text is refused by the flow
         return flow.Ask(texts)
@@ -277,7 +299,9 @@ class _FunctionJob:
         def place(values: Any) -> list[list[Any]]:
             if not isinstance(values, list | tuple) or len(values) != len(live):
                 got = f"{len(values)} results" if isinstance(values, list | tuple) else type(values).__name__
-                raise TypeError(f"a function called with {len(live)} prompts must give a list as long, got {got}")
+                raise TypeError(
+                    f"a function called with {len(live)} prompts must give a list as long, got {got}"
+                )
             made: list[list[Any]] = [[] for _ in range(total)]
             for i, value in zip(live, values, strict=True):
                 made[i] = [value]
@@ -292,13 +316,16 @@ class _FunctionJob:
         return _then(result, lambda values: values[0]) if self.on_loop else result[0]
 
     def _invoke(self, texts: Sequence[flow.Texts], rows: list[int] | None = None) -> Any:
-        """Call the function with these texts; other lists as long as the batch are narrowed to the same rows."""
+        """Call the function with these texts.
+
+        Other lists as long as the batch are narrowed to the same rows.
+        """
         if self._plain is not None:
             (args, kwargs), place, name = self._plain, self._call.position or 0, self._call.names[0]
             if len(args) > place:
                 return self._call.func(*args[:place], texts[0][name], *args[place + 1 :], **kwargs)
             return self._call.func(*args, **{**kwargs, name: texts[0][name]})
-        bound = inspect.BoundArguments(self._call.signature, dict(self._bound.arguments))  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self._call.signature, dict(self._bound.arguments))
         for p in self._call.signature.parameters.values():
             value = bound.arguments.get(p.name)
             if p.kind is p.VAR_KEYWORD and value:
