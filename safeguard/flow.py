@@ -21,6 +21,9 @@ from safeguard.types import Action, Modality, Refiner, RefineRequest, Report, Sp
 
 log = logging.getLogger(__name__)
 
+NEGATIVE = "negative_prompt"
+"""Texts that name what to keep out: softening their words would turn their meaning round, so they are not refined."""
+
 Texts = Mapping[str, str]
 """Argument name to text; the first is the prompt proper, the one that is refined after a generation."""
 
@@ -156,7 +159,7 @@ def _judge_texts(
     pieces = (yield Step(read)) if long else read()  # long texts are not normalised on an event loop
     rows = yield from route.inputs.judge(pieces, budget)
     for (item, name), row in zip(places, rows, strict=True):
-        if route.policy.negative_prompt == "report" and name.startswith("negative_prompt"):
+        if route.policy.negative_prompt == "report" and name.startswith(NEGATIVE):
             row = [_report_only(v) for v in row]
         item.verdicts += row
 
@@ -188,7 +191,7 @@ def _rewrite(route: Route, items: Sequence[Item], budget: Budget) -> Generator[S
                 if text != item.texts[name]:
                     item.texts[name] = text
                     changed[i].append(name)
-            elif strongest(verdicts) is Action.REFINE:
+            elif strongest(verdicts) is Action.REFINE and not name.startswith(NEGATIVE):
                 flagged = tuple(dict.fromkeys(c for v in verdicts for c in v.flagged))
                 places.append((i, name))
                 requests.append(RefineRequest(item.texts[name], flagged, spans))

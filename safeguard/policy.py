@@ -126,7 +126,8 @@ class Policy(_Part):
     unseen_input: Literal["block", "allow"] = "block"
     """For prompts that no check can see, such as prompt_embeds; the output is checked either way."""
     negative_prompt: Literal["judge", "report"] = "judge"
-    """report: negative prompts are scored but never change the action; they often name what they keep out."""
+    """report: negative prompts are scored but never change the action; they often name what they keep out.
+    judge: a flagged one blocks, since refining it would turn its meaning round."""
     history: Literal["new", "all"] = "new"
     """Chats: judge only the turns after the last answer, or the whole conversation."""
     max_rounds: Annotated[int, Field(ge=0, le=20)] = 3

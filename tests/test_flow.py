@@ -493,3 +493,22 @@ def test_redacted_answer_is_judged_again() -> None:
     guard = Guard(outputs=[WordCheck("knife")], policy=text("redact", placeholder_text="ni"))
     with pytest.raises(Blocked):
         guard(echo)("kknifefe")
+
+
+def test_negative_prompt_is_never_softened_but_blocked() -> None:
+    def draw(prompt: str, negative_prompt: str = "") -> str:
+        return negative_prompt
+
+    guard = Guard(inputs=[WordCheck("knife")], refiner=SwapRefiner({"knife": "spoon"}), policy=llm("refine"))
+    with pytest.raises(Blocked):
+        guard(draw)("a cat", negative_prompt="knife")
+
+
+def test_negative_prompt_passes_and_is_reported_where_the_policy_says_so() -> None:
+    def draw(prompt: str, negative_prompt: str = "") -> str:
+        return negative_prompt
+
+    guard = Guard(inputs=[WordCheck("knife")], policy=policy(negative_prompt="report"))
+    with capture() as reports:
+        assert guard(draw)("a cat", negative_prompt="knife") == "knife"
+    assert (reports[0].action, reports[0].flagged) == (Action.MONITOR, ("bad",))

@@ -1,0 +1,1 @@
+"""Refiners: `softener` (a data file, milliseconds, no model) and `causal_lm` (any causal language model)."""
