@@ -9,6 +9,7 @@ import pytest
 
 from safeguard import smollm2
 from safeguard.doctor import Diagnosis, Item, cache_folder, examine, requirements, satisfies
+from safeguard.errors import PackError
 
 DECLARED = [
     "numpy>=1.26",
@@ -219,3 +220,54 @@ def test_torch_is_asked_in_a_process_of_its_own_only_when_wanted(installed: dict
     installed["torch"] = "2.13.0"
 
     assert item("torch", area="runtime").detail == "not imported, so its GPUs are not known (--deep asks)"
+
+
+def test_torch_that_cannot_be_imported_is_a_problem_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]
+) -> None:
+    installed["torch"] = "2.13.0"
+    (tmp_path / "torch.py").write_text("raise ImportError('broken here')\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    (found,) = [i for i in examine(offline=True, deep=True).items if (i.area, i.name) == ("runtime", "torch")]
+    assert (found.state, found.detail) == ("problem", "cannot be imported: ImportError: broken here")
+
+
+def test_the_gpus_of_torch_are_listed_when_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]
+) -> None:
+    installed["torch"] = "2.13.0"
+    cuda = "class cuda:\n    device_count = lambda: 2\n    get_device_name = 'GPU {}'.format\n"
+    (tmp_path / "torch.py").write_text(cuda, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    (found,) = [i for i in examine(offline=True, deep=True).items if (i.area, i.name) == ("runtime", "torch")]
+    assert (found.state, found.detail) == ("ok", "GPUs: GPU 0, GPU 1")
+
+
+def test_onnxruntime_that_cannot_be_imported_makes_it_unready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('no library')\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    found = examine(offline=True)
+    assert "cannot be imported: ImportError: no library" in [i.detail for i in found.items]
+    assert not found.ready
+
+
+def test_an_altered_pack_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def altered(name: str) -> None:
+        raise PackError(f"pack {name!r}: model.onnx was altered")
+
+    monkeypatch.setattr("safeguard.packs.resolve", altered)
+    found = examine(offline=True)
+
+    assert [i.state for i in found.items if i.name == "text-guard-s"] == ["problem"]
+    assert not found.ready
+
+
+def test_a_cache_that_cannot_be_written_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+
+    assert (item("cache").state, item("cache").remedy) == ("problem", "export HF_HOME=FOLDER")

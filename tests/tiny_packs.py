@@ -82,3 +82,32 @@ def _tokenizer() -> Tokenizer:
     made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     made.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
     return made
+
+
+def red_pack(folder: Path) -> Path:
+    """A tower with one head, `red`: the embedding is the mean of each channel, the logit 8 * red - 4."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    from safeguard.checks.clip_heads import HEADS_NAME, Perceptron, write_heads
+
+    graph = helper.make_graph(
+        [helper.make_node("ReduceMean", ["pixel_values", "axes"], ["image_embeds"], keepdims=0)],
+        "red",
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, 16, 16])],
+        [helper.make_tensor_value_info("image_embeds", TensorProto.FLOAT, ["batch", 3])],
+        [numpy_helper.from_array(np.array([2, 3], np.int64), "axes")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    folder.mkdir(parents=True)
+    onnx.save(model, str(folder / "model.onnx"))
+    head = Perceptron("red", np.array([[1.0, 0.0, 0.0]]), np.zeros(1), np.array([8.0]), -4.0)
+    write_heads(folder / HEADS_NAME, [head])
+    fields = _fields("clip_heads") | {
+        "name": "red-heads",
+        "model": {"file": "model.onnx", "inputs": ["pixel_values"], "outputs": ["image_embeds"]},
+        "labels": ["red"],
+        "image": {"size": 16, "resize": 16},
+    }
+    seal(folder, fields)
+    return folder

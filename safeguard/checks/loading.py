@@ -18,8 +18,8 @@ _KIND = re.compile(r"[A-Za-z][\w-]+", re.ASCII)  # two letters or more, so that 
 def load_check(spec: str, *, device: str = "cpu") -> Check[Any]:
     """The check that a policy names.
 
-    spec: "kind:argument" for a kind in the entry-point group `safeguard.checks`, whose factory gets the argument
-    (none after a bare "kind:") and, if it takes one, the device; else name or folder of a model pack.
+    spec: "kind:argument" for a kind in the entry-point group `safeguard.checks`, whose factory gets the
+    argument (none after a bare "kind:") and, if it takes one, the device; else name or folder of a pack.
     Raises UnknownName for a kind that nobody registered, PackNotFound and PackError for packs.
     """
     kind, colon, argument = spec.partition(":")
@@ -38,7 +38,8 @@ def _made(kind: str, argument: str, device: str) -> Check[Any]:
     check = factory(argument, **options) if argument else factory(**options)
     if not callable(check) or not hasattr(check, "name") or not hasattr(check, "modality"):
         raise TypeError(
-            f"{kind!r} in safeguard.checks must give a check (name, modality, callable), got {type(check).__name__}"
+            f"{kind!r} in safeguard.checks must give a check (name, modality, callable), "
+            f"got {type(check).__name__}"
         )
     return check  # type: ignore[no-any-return]  # a registered factory has no type
 

