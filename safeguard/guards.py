@@ -59,7 +59,8 @@ class Guard:
 
     inputs and outputs are check objects used besides those that the policy names. on_report is called with
     every report of a guarded call, for audit; what it raises ends the call. salt keys the content hashes in
-    reports; give one to compare hashes between processes. Safe to use from several threads and tasks.
+    reports; give one to compare hashes between processes. folder is where files that the policy names are
+    looked for. Safe to use from several threads and tasks.
     """
 
     inputs: Sequence[Check[Any]] = ()
@@ -68,6 +69,7 @@ class Guard:
     policy: Policy = field(default_factory=Policy)
     on_report: Callable[[Report], None] | None = None
     device: str = "cpu"
+    folder: Path | None = None
     salt: bytes = field(default_factory=lambda: os.urandom(16), repr=False)
     _loaded: _Loaded = field(default_factory=_Loaded, init=False, repr=False, compare=False)
 
@@ -85,8 +87,8 @@ class Guard:
 
     @classmethod
     def from_file(cls, path: str | Path, **parts: Any) -> Self:
-        """The guard of a policy file (YAML, TOML or JSON)."""
-        return cls(policy=Policy.from_file(path), **parts)
+        """The guard of a policy file (YAML, TOML or JSON); files that it names may stand beside it."""
+        return cls(policy=Policy.from_file(path), folder=Path(path).parent, **parts)
 
     # --- wrap ---------------------------------------------------------------------------------
 
@@ -125,7 +127,7 @@ class Guard:
     def check_output(self, items: Any, *, modality: Modality = "text") -> list[Report]:
         """Judge results, one report each: texts, or images (PIL, arrays, tensors), alone or in a list."""
         pieces = self._pieces(self._limited(_as_list(items)), modality)
-        return self.tell(drive(flow.output_reports(self.route("llm", modality), pieces)))
+        return self.tell(drive(flow.output_reports(self._output_route(modality), pieces)))
 
     async def acheck_output(self, items: Any, *, modality: Modality = "text") -> list[Report]:
         """`check_output` for an event loop."""
@@ -133,18 +135,18 @@ class Guard:
 
         listed = self._limited(_as_list(items))
         pieces = await asyncio.to_thread(self._pieces, listed, modality)
-        return self.tell(await adrive(flow.output_reports(self.route("llm", modality), pieces)))
+        return self.tell(await adrive(flow.output_reports(self._output_route(modality), pieces)))
 
     def stream(self, chunks: Iterable[str]) -> Iterator[str]:
         """Yield streamed text only after it was judged with what follows it, by the policy's `stream` rules.
 
         Raises Blocked at the first flagged text, after closing the source.
         """
-        return GuardedStream(self, self.route("llm", "text"), flow.Ask({})).run(chunks)
+        return GuardedStream(self, self._output_route("text"), flow.Ask({})).run(chunks)
 
     def astream(self, chunks: AsyncIterable[str]) -> AsyncIterator[str]:
         """`stream` for an event loop."""
-        return GuardedStream(self, self.route("llm", "text"), flow.Ask({})).arun(chunks)
+        return GuardedStream(self, self._output_route("text"), flow.Ask({})).arun(chunks)
 
     def _pieces(self, items: Sequence[Any], modality: Modality) -> list[Piece]:
         if modality == "text":
@@ -204,6 +206,13 @@ class Guard:
             raise Blocked(reports, output)
         raise _failure(blocked[0], reports, output)
 
+    def _output_route(self, modality: Modality) -> flow.Route:
+        """A route for judging results alone: no input check needs to be there."""
+        with self._loaded.lock:
+            outputs = self._surface("output", modality, modality)
+        nothing = Surface("input", "text", self.policy.input.llm, (), self.policy)
+        return flow.Route(self.policy, nothing, outputs, None, self.salt)
+
     def _surface(self, stage: Stage, name: str, modality: Modality) -> Surface:
         key = (stage, name)
         if key not in self._loaded.surfaces:
@@ -223,8 +232,15 @@ class Guard:
         if spec not in self._loaded.checks:
             from safeguard.checks.loading import load_check
 
-            self._loaded.checks[spec] = load_check(spec, device=self.device)
+            self._loaded.checks[spec] = load_check(self._beside(spec), device=self.device)
         return self._loaded.checks[spec]
+
+    def _beside(self, spec: str) -> str:
+        """`kind:file` with a relative file that stands in our folder, as a full path; else the spec itself."""
+        kind, colon, argument = spec.partition(":")
+        if self.folder is None or not colon or not (self.folder / argument).exists():
+            return spec
+        return f"{kind}:{self.folder / argument}"
 
     def _refiner(self) -> Refiner | None:
         if self.refiner is not None or self.policy.refiner is None:

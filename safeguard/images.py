@@ -100,7 +100,7 @@ def open_image(path: Path) -> Image.Image:
         raise ValueError(f"{path.name} is too large: a picture may have at most {MAX_PIXELS} pixels") from exc
     except (OSError, SyntaxError, EOFError) as exc:
         raise ValueError(
-            f"{path.name} cannot be read as a picture ({exc}); known: {', '.join(_FORMATS)}"
+            f"{path.name} cannot be read as a picture ({type(exc).__name__}); known: {', '.join(_FORMATS)}"
         ) from exc
     return image
 

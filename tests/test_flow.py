@@ -512,3 +512,9 @@ def test_negative_prompt_passes_and_is_reported_where_the_policy_says_so() -> No
     with capture() as reports:
         assert guard(draw)("a cat", negative_prompt="knife") == "knife"
     assert (reports[0].action, reports[0].flagged) == (Action.MONITOR, ("bad",))
+
+
+def test_results_can_be_judged_where_no_input_check_is_installed() -> None:
+    rules = {"input": {"llm": {"checks": ["not-installed"]}}}
+    (report,) = Guard(outputs=[WordCheck("knife")], policy=policy(**rules)).check_output("a knife")
+    assert report.action is Action.BLOCK
