@@ -31,7 +31,7 @@ def modules_on_disk() -> set[str]:
         ".".join((name, *path.relative_to(ROOT / folder).with_suffix("").parts)).removesuffix(".__init__")
         for name, folder in CONFIG["package-dir"].items()
         for path in (ROOT / folder).rglob("*.py")
-        if not any(p.is_symlink() for p in path.parents)
+        if not any(p.is_symlink() for p in path.parents) and path.stem != "__main__"  # that one runs
     }
 
 

@@ -89,7 +89,7 @@ def test_checks_grow_linearly_with_the_stream() -> None:
     def characters(n: int) -> int:
         check = WordCheck("bank")
         policy = Policy.from_data({"stream": {"hold_chars": 20, "step_chars": 10, "context_chars": 40}})
-        list(Guard(outputs=[check], policy=policy).stream(iter("x" * n)))
+        list(Guard(outputs=[check], policy=policy).stream(iter("loaf and tea " * (n // 13))))
         return sum(map(len, check.seen))
 
     # a window of at most 40 + 20 + 10 characters every 10, and the whole once at the end: below 8 a character

@@ -22,15 +22,20 @@ def is_chat(value: Any) -> bool:
 
 
 def judged_turns(messages: Sequence[Any], history: Literal["new", "all"]) -> Iterator[tuple[int, Any]]:
-    """Index and content of each turn that is judged: those after the last answer, or all but the application's.
+    """Index and content of each turn that is judged.
 
-    A conversation that ends in an answer has its beginning put into the model's mouth: that is judged as well.
+    Those after the last answer, or all but the application's.
 
-    Content in parts (`[{"type": "text", "text": ...}]`) is joined; a part that is not text is handed on as it is,
-    which the flow refuses as unseen.
+    A conversation that ends in an answer has its beginning put into the model's mouth: that is judged as
+    well.
+
+    Content in parts (`[{"type": "text", "text": ...}]`) is joined; a part that is not text is handed on as it
+    is, which the flow refuses as unseen.
     """
     roles = [str(turn["role"]).strip().lower() for turn in messages]
-    answered = [i for i, role in enumerate(roles[:-1]) if role in ANSWERS]  # a last one is a prefill, not an answer
+    answered = [
+        i for i, role in enumerate(roles[:-1]) if role in ANSWERS
+    ]  # a last one is a prefill, not an answer
     start = answered[-1] + 1 if answered and history == "new" else 0
     for i in range(start, len(messages)):
         if roles[i] not in INSTRUCTIONS:
@@ -41,7 +46,9 @@ def text_of(content: Any) -> Any:
     """Text of a message's content; what is no text comes back as it is."""
     if not isinstance(content, list | tuple):
         return content
-    parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part for part in content]
-    if all(isinstance(part, str) for part in parts):
-        return "\n".join(parts)
-    return content
+    parts = [
+        part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
+        for part in content
+    ]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "\n".join(texts) if len(texts) == len(parts) else content

@@ -11,11 +11,14 @@ DEFAULT_SIZE = (512, 512)
 _BLUR_CELLS = 8  # a picture reduced to 8 x 8 cells shows its colours and nothing else
 
 
-def placeholder(image: Any, how: Literal["blank", "blur"] = "blank", *, size: tuple[int, int] = DEFAULT_SIZE) -> Any:
+def placeholder(
+    image: Any, how: Literal["blank", "blur"] = "blank", *, size: tuple[int, int] = DEFAULT_SIZE
+) -> Any:
     """What is handed on in place of a picture: black, or reduced to a few blurred cells of colour.
 
-    image: PIL, numpy (height, width, channel) or a torch tensor (..., height, width); None where nothing was made,
-    which gives a black PIL image of `size` (width, height). Arrays and tensors keep shape, type and device.
+    image: PIL, numpy (height, width, channel) or a torch tensor (..., height, width); None where nothing was
+    made, which gives a black PIL image of `size` (width, height). Arrays and tensors keep shape, type and
+    device.
     """
     from PIL import Image
 

@@ -122,7 +122,9 @@ def test_prompt_argument_can_be_named() -> None:
 
 
 def test_prompt_that_cannot_be_found_says_how_to_name_it() -> None:
-    with pytest.raises(TypeError, match=r"cannot tell which argument .* say guard\(..., prompt='name'\), one of wish, tone"):
+    with pytest.raises(
+        TypeError, match=r"cannot tell which argument .* say guard\(..., prompt='name'\), one of wish, tone"
+    ):
         GUARD(lambda wish, tone: wish)
 
 
@@ -188,7 +190,9 @@ def test_words_put_into_the_mouth_of_the_model_are_judged() -> None:
 
 
 def test_content_in_parts_is_judged() -> None:
-    messages = [{"role": "user", "content": [{"type": "text", "text": "a kn"}, {"type": "text", "text": "a knife"}]}]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a kn"}, {"type": "text", "text": "a knife"}]}
+    ]
     with pytest.raises(Blocked):
         GUARD(lambda messages: "ok")(messages)
 
@@ -254,7 +258,9 @@ def test_reader_that_fails_is_closed() -> None:
 
 # --- streams ----------------------------------------------------------------------------------
 
-SHORT = Policy.from_data({"stream": {"hold_chars": 10, "step_chars": 5, "context_chars": 20}, "placeholder_text": "(cut)"})
+SHORT = Policy.from_data(
+    {"stream": {"hold_chars": 10, "step_chars": 5, "context_chars": 20}, "placeholder_text": "(cut)"}
+)
 
 
 def words(text: str) -> Iterator[str]:
@@ -263,7 +269,10 @@ def words(text: str) -> Iterator[str]:
 
 def test_clean_stream_comes_through_whole() -> None:
     stream = Guard(outputs=[WordCheck("blood")], policy=SHORT)(words)
-    assert "".join(stream("the quick brown fox jumps over the lazy dog")) == "thequickbrownfoxjumpsoverthelazydog"
+    assert (
+        "".join(stream("the quick brown fox jumps over the lazy dog"))
+        == "thequickbrownfoxjumpsoverthelazydog"
+    )
 
 
 def test_word_split_over_chunks_is_never_released() -> None:
