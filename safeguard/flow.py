@@ -384,7 +384,7 @@ def make_report(
     return Report(
         action,
         tuple(verdicts),
-        revised if revised != original else None,
+        revised if isinstance(revised, str) and revised != original else None,
         route.refiner.name if refined and route.refiner is not None else None,
         rounds,
         ms,
