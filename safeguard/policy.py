@@ -257,7 +257,7 @@ def _explain(error: Any) -> str:
     """One pydantic error as our kind of message: where, what is wrong, what would be right."""
     place = [str(part) for part in error["loc"]]
     if error["type"] != "extra_forbidden":
-        message = error["msg"].removeprefix("Value error, ")
+        message = str(error["msg"]).removeprefix("Value error, ")
         got = f", got {error['input']!r}" if isinstance(error["input"], str | int | float | bool) else ""
         return (".".join(place) + ": " if place else "") + message + got
     known = _keys_at(place[:-1])

@@ -68,7 +68,7 @@ def test_scale_doubles_the_odds() -> None:
 
 
 def test_calibration_without_refit_keeps_scores_and_chooses_thresholds() -> None:
-    # harmless .1 to .4: one of four may be flagged, so the threshold lies between .3 and .4; both unsafe are over it
+    # harmless .1 to .4: one of four may be flagged, the threshold lies between .3 and .4, both unsafe over it
     found = calibrate_scores(
         "x", [0.1, 0.2, 0.3, 0.4, 0.8, 0.9], [0, 0, 0, 0, 1, 1], rates={"standard": 0.25}, refit=False
     )
@@ -135,13 +135,17 @@ def test_written_calibration_is_read_back_and_the_pack_still_verifies(tmp_path: 
     found = calibrate_scores("x", [0.2, 0.3, 0.6, 0.7], [0, 0, 1, 1], rates={"strict": 0.5})
     write_calibration(tmp_path, [found])
     pack = read_pack(tmp_path).verify()
-    assert pack.manifest.operating_points["strict"]["x"] == pytest.approx(found.thresholds["strict"], abs=1e-6)
+    assert pack.manifest.operating_points["strict"]["x"] == pytest.approx(
+        found.thresholds["strict"], abs=1e-6
+    )
     assert pack.manifest.files.keys() == {"m.onnx"}
 
 
 def test_labelled_rows_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a kind word", "label": 0}\n\n{"text": "a rude word", "label": true}\n', encoding="utf-8")
+    path.write_text(
+        '{"text": "a kind word", "label": 0}\n\n{"text": "a rude word", "label": true}\n', encoding="utf-8"
+    )
     assert read_labelled(path) == (["a kind word", "a rude word"], [0, 1])
 
 
@@ -149,5 +153,5 @@ def test_labelled_rows_are_read(tmp_path: Path) -> None:
 def test_a_row_without_a_label_is_refused_with_its_line(tmp_path: Path, row: object) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="line 1 of rows.jsonl must have text and label 0 or 1"):
+    with pytest.raises(ValueError, match=r"line 1 of rows\.jsonl must have text and label 0 or 1"):
         read_labelled(path)

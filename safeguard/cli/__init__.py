@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from safeguard.cli import calibrate, check, demo, doctor, policy, train
+from safeguard.cli import calibrate, check, demo, doctor, evaluate, policy, train
 from safeguard.cli.running import Commands
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ app.add_typer(policy.app, name="policy")
 app.command("doctor")(doctor.doctor)
 app.add_typer(train.app, name="train")
 app.command("calibrate")(calibrate.calibrate)
+app.add_typer(evaluate.app, name="evaluate")
 
 
 def main() -> None:

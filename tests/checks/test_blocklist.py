@@ -55,7 +55,8 @@ def test_a_space_in_a_phrase_matches_any_white_space(check: Blocklist, text: str
 
 
 @pytest.mark.parametrize(
-    "text", ["k n i f e", "kn1fe", "ｋｎｉｆｅ", "kn\u200bife", "knіfe", "k\u0336n\u0336ife", "kniiiife", "dáft"]
+    "text",
+    ["k n i f e", "kn1fe", "ｋｎｉｆｅ", "kn\u200bife", "knіfe", "k\u0336n\u0336ife", "kniiiife", "dáft"],
 )
 def test_a_disguised_entry_is_found(check: Blocklist, text: str) -> None:
     assert "slang" in flags(check, text)
@@ -117,7 +118,11 @@ def test_a_file_gives_its_name_as_the_category(tmp_path: Path) -> None:
     check = Blocklist.load(path)
 
     assert (check.name, check.labels) == ("blocklist/weapons", ("weapons",))
-    assert [flags(check, text) for text in ("a knife", "pipe bomb", "mild")] == [{"weapons"}, {"weapons"}, set()]
+    assert [flags(check, text) for text in ("a knife", "pipe bomb", "mild")] == [
+        {"weapons"},
+        {"weapons"},
+        set(),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +135,9 @@ def test_a_file_gives_its_name_as_the_category(tmp_path: Path) -> None:
         (b"a\n" * (8 * 2**20 + 1), "words.txt has 16777218 bytes, more than the 16777216"),
     ],
 )
-def test_a_file_that_is_no_blocklist_is_refused_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_file_that_is_no_blocklist_is_refused_with_its_line(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     path = tmp_path / "words.txt"
     path.write_bytes(content)
 

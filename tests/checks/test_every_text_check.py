@@ -34,7 +34,14 @@ def _classifier(request: pytest.FixtureRequest, **options: Any) -> Any:
     return TextClassifier(backend, tokenizer, readout, Window(tokens=10, overlap=2), **options)
 
 
+def _blocklist(request: pytest.FixtureRequest) -> Any:
+    from safeguard.checks.blocklist import Blocklist
+
+    return Blocklist({"toxic": ["rude"]})
+
+
 CASES = [
+    Case("blocklist", _blocklist, "toxic", "what a rude day", "a crude knife"),
     Case("text_classifier", _classifier, "toxic", "what a rude day", "a kitchen knife"),
     Case(
         "text_classifier-isolated",

@@ -62,7 +62,10 @@ def test_masked_loss_leaves_unknown_targets_out() -> None:
 def test_masked_loss_weighs_rows_and_labels_and_divides_by_rows() -> None:
     # every entry costs ln 2: row weights 1 and 3, label weights 1 and .5: (1 + 3) * 1.5 / 2 rows = 3
     loss = masked_loss(
-        torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([1.0, 3.0]), torch.tensor([1.0, 0.5])
+        torch.zeros(2, 2),
+        torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
+        torch.tensor([1.0, 3.0]),
+        torch.tensor([1.0, 0.5]),
     )
     assert float(loss) == pytest.approx(3 * math.log(2))
 
@@ -103,9 +106,13 @@ def test_shipped_recipe_is_valid() -> None:
     assert ClassifierConfig.read(path).max_tokens == 128
 
 
-def test_training_writes_weights_config_tokenizer_and_metrics(trunk: Path, data: Path, tmp_path: Path) -> None:
+def test_training_writes_weights_config_tokenizer_and_metrics(
+    trunk: Path, data: Path, tmp_path: Path
+) -> None:
     result = train_classifier(tiny(trunk), data, tmp_path, progress=False)
-    assert {"model.safetensors", "config.json", "tokenizer.json", "metrics.json"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "metrics.json"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
     metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["history"][-1]["step"] == 8
     assert metrics["config"]["seed"] == 0
@@ -131,7 +138,9 @@ def test_resumed_run_ends_like_an_unbroken_one(trunk: Path, data: Path, tmp_path
 
 
 def test_training_learns_the_tiny_task(trunk: Path, data: Path, tmp_path: Path) -> None:
-    config = tiny(trunk, steps=60, head_learning_rate=0.03, learning_rate=0.01, disguised=0.0, average_decay=0.5)
+    config = tiny(
+        trunk, steps=60, head_learning_rate=0.03, learning_rate=0.01, disguised=0.0, average_decay=0.5
+    )
     result = train_classifier(config, data, tmp_path, progress=False)
     assert result.metrics["history"][-1]["toxicity"] > 0.95
 

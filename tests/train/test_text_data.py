@@ -121,7 +121,7 @@ def test_only_the_wanted_split_is_read(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no toxicity_text.jsonl.gz"):
+    with pytest.raises(FileNotFoundError, match=r"no toxicity_text\.jsonl\.gz"):
         read_pack(tmp_path, "train")
 
 

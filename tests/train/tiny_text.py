@@ -13,13 +13,44 @@ from transformers import BertConfig, BertModel
 
 from safeguard.train.text_data import FILES
 
-WORDS = "the a you are is kind rude awful nice day cat dog how do i bake bread break in window sunny garden".split()
+WORDS = [
+    "the",
+    "a",
+    "you",
+    "are",
+    "is",
+    "kind",
+    "rude",
+    "awful",
+    "nice",
+    "day",
+    "cat",
+    "dog",
+    "how",
+    "do",
+    "i",
+    "bake",
+    "bread",
+    "break",
+    "in",
+    "window",
+    "sunny",
+    "garden",
+]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
 
 
 def row(text: str, label: int | None, source: str, split: str = "train", **more: Any) -> dict[str, Any]:
     """One line of a data file."""
-    return {"id": text, "text": text, "label": label, "category": "none", "source": source, "split": split, **more}
+    return {
+        "id": text,
+        "text": text,
+        "label": label,
+        "category": "none",
+        "source": source,
+        "split": split,
+        **more,
+    }
 
 
 def write_pack(folder: Path) -> Path:
@@ -34,7 +65,14 @@ def write_pack(folder: Path) -> Path:
                 row(kind, 0, "dghs_v0.1", split),
             ]
             rows["t2i_refine_pairs.jsonl.gz"].append(
-                row(f"a rude {subject} {i}", 1, "coprov2_train", split, category="violence", target=f"a nice {subject}")
+                row(
+                    f"a rude {subject} {i}",
+                    1,
+                    "coprov2_train",
+                    split,
+                    category="violence",
+                    target=f"a nice {subject}",
+                )
             )
             rows["t2i_prompts.jsonl.gz"].append(row(f"a sunny {subject}", 0, "coco2014_captions", split))
             rows["llm_prompts.jsonl.gz"] += [
@@ -65,6 +103,8 @@ def write_trunk(folder: Path) -> Path:
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder

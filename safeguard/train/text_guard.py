@@ -1,0 +1,124 @@
+"""From a finished run to `text-guard-s`: export, int8, calibration on validation data, the pack.
+
+Thresholds are chosen on validation rows and our own validation templates, never on what tests use.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from safeguard.calibrate import Calibration, calibrate_scores, write_calibration
+from safeguard.checks.text_classifier import TextClassifier
+from safeguard.errors import MissingExtra
+from safeguard.evaluate.classifier import score_texts
+from safeguard.packs import read_pack as open_pack
+from safeguard.train.classifier import ClassifierConfig, build_model
+from safeguard.train.text_data import JUDGED, Row, digests, hard_rows, read_pack, unique
+from safeguard.train.text_pack import export_float, open_session, write_text_pack
+
+try:
+    from tokenizers import Tokenizer
+except ImportError as exc:
+    raise MissingExtra("tokenizers", "onnx") from exc
+
+if TYPE_CHECKING:
+    from safeguard.manifest import Manifest
+
+RATES: Mapping[str, Mapping[str, float]] = {
+    "toxicity": {"lenient": 0.02, "standard": 0.05, "strict": 0.1},
+    "t2i_prompt": {"lenient": 0.005, "standard": 0.01, "strict": 0.03},
+    "llm_request": {"lenient": 0.005, "standard": 0.01, "strict": 0.03},
+    "jailbreak": {"lenient": 0.005, "standard": 0.01, "strict": 0.03},
+}
+"""Judged label -> operating point -> wanted false positives; higher for toxicity, whose labels are noisy."""
+
+
+def validation_rows(data: Path) -> list[Row]:
+    """The pack's validation rows with their harmless twins, and our own validation templates."""
+    rows = read_pack(data, "validation")
+    twins = [row.twin for row in rows if row.twin is not None]
+    return unique([*rows, *twins, *hard_rows("hard_text_validation.toml")])
+
+
+def calibrations(check: TextClassifier, rows: Sequence[Row]) -> list[Calibration]:
+    """One calibration for each judged label, from the rows that know it."""
+    scores = score_texts(check, [row.text for row in rows])
+    found = []
+    for label in JUDGED:
+        known = [i for i, row in enumerate(rows) if label in row.targets]
+        truth = [int(rows[i].targets[label] > 0.45) for i in known]
+        column = check.labels.index(label)
+        found.append(calibrate_scores(label, scores[known, column], truth, rates=RATES[label]))
+    return found
+
+
+def sources(data: Path) -> list[dict[str, Any]]:
+    """Every source of the training rows with its licence, address and number of rows."""
+    text = (resources.files("safeguard.train") / "data" / "sources.toml").read_text(encoding="utf-8")
+    known = tomllib.loads(text)["source"]
+    counts = Counter(row.source for row in unique(read_pack(data, "train") + hard_rows()))
+    return [{"name": name, "rows": count, **known[name]} for name, count in counts.items()]
+
+
+def build_text_guard(
+    run: Path,
+    data: Path,
+    out: Path,
+    config: ClassifierConfig,
+    *,
+    name: str = "text-guard-s",
+    version: str = "1.0.0",
+    keep: Sequence[str] = (),
+) -> tuple[Manifest, list[Calibration]]:
+    """Writes the pack of a run into `out` and calibrates it; other files already there are listed with it."""
+    fields = {
+        "name": name,
+        "version": version,
+        "summary": "Toxicity, unsafe image prompts, harmful requests, jailbreaks in text; MiniLM-L6, int8.",
+        "license": "Apache-2.0",
+        "data": sources(data),
+        "notes": "data digests: "
+        + ", ".join(f"{file} {digest[:16]}" for file, digest in digests(data).items()),
+    }
+    write_text_pack(run, out, fields, config, keep=keep)
+    found = calibrations(TextClassifier.load(out), validation_rows(data))
+    return write_calibration(out, found), found
+
+
+def flips(
+    run: Path, pack: Path, config: ClassifierConfig, texts: Sequence[str], *, point: str = "standard"
+) -> dict[str, float]:
+    """Judged label -> share of texts on which int8 and float32 disagree at an operating point."""
+    manifest = open_pack(pack).manifest
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "float.onnx"
+        export_float(build_model(run, config), plain, scaled_embedding=False)
+        wide = _logits(plain, pack / "tokenizer.json", texts, config.max_tokens)
+    narrow = _logits(pack / manifest.model.file, pack / "tokenizer.json", texts, config.max_tokens)
+    result = {}
+    for label in JUDGED:
+        column = manifest.labels.index(label)
+        threshold = manifest.operating_points[point][label]
+        cut = np.log(threshold / (1 - threshold)) * manifest.temperatures.get(label, 1) - manifest.biases.get(
+            label, 0
+        )
+        result[label] = float(((wide[:, column] >= cut) != (narrow[:, column] >= cut)).mean())
+    return result
+
+
+def _logits(model: Path, tokenizer: Path, texts: Sequence[str], most: int) -> Any:
+    session = open_session(model, threads=2)
+    encode: Callable[[str], Any] = Tokenizer.from_file(str(tokenizer)).encode
+    rows = []
+    for text in texts:
+        ids = np.array([encode(text).ids[:most]], np.int64)
+        rows.append(session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0][0])
+    return np.array(rows)
