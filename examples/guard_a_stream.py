@@ -10,7 +10,7 @@ from safeguard import Blocked, Guard
 def tokens(prompt: str) -> Iterator[str]:
     """Stands for a model that answers word by word."""
     yield from f"{prompt} is a fine question, and the answer is rather long. ".split(" ")
-    yield from "Now I will find you and hurt you, you worthless idiot.".split(" ")
+    yield from ["Now", "I", "will", "find", "you", "and", "hurt", "you,", "you", "worthless", "idiot."]
 
 
 def main() -> None:

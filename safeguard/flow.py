@@ -22,7 +22,7 @@ from safeguard.types import Action, Modality, Refiner, RefineRequest, Report, Sp
 log = logging.getLogger(__name__)
 
 NEGATIVE = "negative_prompt"
-"""Texts that name what to keep out: softening their words would turn their meaning round, so they are not refined."""
+"""Such texts name what to keep out. Softening their words would turn their meaning round: never refined."""
 
 Texts = Mapping[str, str]
 """Argument name to text; the first is the prompt proper, the one that is refined after a generation."""

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, It
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, overload
 
 from safeguard import flow, registry
 from safeguard.driving import adrive, drive
@@ -76,6 +76,16 @@ class Guard:
     def __post_init__(self) -> None:
         if not 1 <= len(self.salt) <= 64:
             raise ValueError(f"salt must be 1 to 64 bytes, got {len(self.salt)}")
+        for stage, checks, known in (
+            ("inputs", self.inputs, ("text",)),
+            ("outputs", self.outputs, ("text", "image")),
+        ):
+            for check in checks:
+                if check.modality not in known:  # it would never be asked
+                    raise ValueError(
+                        f"{stage} take checks of modality {' or '.join(known)}, "
+                        f"got {check.name!r} of modality {check.modality!r}"
+                    )
 
     @classmethod
     def from_preset(cls, name: str = "standard", **parts: Any) -> Self:
@@ -236,7 +246,7 @@ class Guard:
         return self._loaded.checks[spec]
 
     def _beside(self, spec: str) -> str:
-        """`kind:file` with a relative file that stands in our folder, as a full path; else the spec itself."""
+        """`kind:file` with a relative file that stands in our folder, as a full path; else as it is."""
         kind, colon, argument = spec.partition(":")
         if self.folder is None or not colon or not (self.folder / argument).exists():
             return spec
@@ -268,6 +278,10 @@ def _as_list(items: Any) -> list[Any]:
     return [items]
 
 
+@overload
+def guard(target: T, /, **how: Any) -> T: ...
+@overload
+def guard(**how: Any) -> Callable[[T], T]: ...
 def guard(
     target: Any = None,
     /,

@@ -77,14 +77,15 @@ class Check(Protocol[T_contra]):
     in order: a `Finding`, or bare scores where there is nothing more to say. Safe to call from several
     threads.
 
-    Three attributes are optional: `digest` (what model this is, 64 hex digits), `operating_points` (point
-    name -> category -> calibrated threshold) and `labels` (every category it can give).
+    modality is "text" or "image". Three attributes are optional: `digest` (what model this is, 64 hex
+    digits), `operating_points` (point name -> category -> calibrated threshold) and `labels` (every category
+    it can give).
     """
 
     @property
     def name(self) -> str: ...
     @property
-    def modality(self) -> Modality: ...
+    def modality(self) -> str: ...
     def __call__(self, batch: Sequence[T_contra], /) -> Sequence[Finding | Scores]: ...
 
 

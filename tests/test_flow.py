@@ -22,7 +22,7 @@ from safeguard import (
     UnseenInput,
     capture,
 )
-from safeguard.testing import FailingCheck, HangingCheck, ScoreCheck, SwapRefiner, WordCheck
+from safeguard.testing import BrightCheck, FailingCheck, HangingCheck, ScoreCheck, SwapRefiner, WordCheck
 
 
 def policy(**parts: Any) -> Policy:
@@ -352,7 +352,7 @@ def test_total_time_is_shared_by_all_checks() -> None:
             return [{"bad": 0.0} for _ in batch]
 
     with pytest.raises(CheckTimeout, match="'second' timed out"):
-        Guard(inputs=[Slow("first"), Slow("second")], policy=policy(total_timeout_s=0.2))(echo)("hello")  # type: ignore[list-item]
+        Guard(inputs=[Slow("first"), Slow("second")], policy=policy(total_timeout_s=0.2))(echo)("hello")
 
 
 def test_oversize_prompt_is_refused_unread() -> None:
@@ -518,3 +518,10 @@ def test_results_can_be_judged_where_no_input_check_is_installed() -> None:
     rules = {"input": {"llm": {"checks": ["not-installed"]}}}
     (report,) = Guard(outputs=[WordCheck("knife")], policy=policy(**rules)).check_output("a knife")
     assert report.action is Action.BLOCK
+
+
+def test_check_of_a_modality_that_is_never_asked_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="inputs take checks of modality text, got 'bright' of modality 'image'"
+    ):
+        Guard(inputs=[BrightCheck()])

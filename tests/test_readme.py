@@ -22,8 +22,9 @@ COMMANDS = sorted(set(re.findall(r"^safeguard (\w+)", README, re.MULTILINE)))
 
 
 def block(start: str) -> str:
-    (found,) = [b for b in PYTHON if start in b]
-    return found
+    found: list[str] = [b for b in PYTHON if start in b]
+    assert len(found) == 1
+    return found[0]
 
 
 def test_there_are_three_examples() -> None:

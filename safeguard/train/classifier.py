@@ -167,7 +167,8 @@ def build_model(folder: Path, config: ClassifierConfig) -> TextHeads:
     trunk = AutoModel.from_config(AutoConfig.from_pretrained(folder), add_pooling_layer=False)
     model = TextHeads(trunk, len(LABELS), pooling=config.pooling, dropout=config.dropout)
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _folder(trunk: str) -> Path:

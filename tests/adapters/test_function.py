@@ -116,7 +116,7 @@ def test_prompt_argument_is_found_by_name() -> None:
 
 
 def test_prompt_argument_can_be_named() -> None:
-    guarded = GUARD(lambda tone, wish: wish, prompt="wish")
+    guarded: Any = GUARD(lambda tone, wish: wish, prompt="wish")
     with pytest.raises(Blocked):
         guarded("dry", wish="a knife")
 
@@ -134,7 +134,7 @@ def test_named_argument_that_does_not_exist_is_refused() -> None:
 
 
 def test_second_prompt_argument_is_judged_too() -> None:
-    guarded = GUARD(lambda prompt, system_prompt="": prompt)
+    guarded: Any = GUARD(lambda prompt, system_prompt="": prompt)
     with pytest.raises(Blocked):
         guarded("hello", system_prompt="a knife")
 
@@ -246,7 +246,7 @@ def test_picture_is_judged_and_blanked() -> None:
 
 
 def test_reader_takes_the_text_out_of_a_response_object() -> None:
-    guarded = GUARD(lambda prompt: {"text": "blood"}, output=lambda r: r["text"])
+    guarded: Any = GUARD(lambda prompt: {"text": "blood"}, output=lambda r: r["text"])
     with pytest.raises(Blocked):
         guarded("hello")
 

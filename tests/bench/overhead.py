@@ -1,7 +1,7 @@
 """What the guard costs: import, a guarded call with trivial checks, and its share of a real guarded answer.
 
-Run from the repository: `python tests/bench/overhead.py [--repeats 21] [--json FILE]`. Runs that are compared are
-interleaved; every figure is a median of at least 20. Nothing here asserts: timings are shown, not tested.
+Run from the repository: `python tests/bench/overhead.py [--repeats 21] [--json FILE]`. Runs that are compared
+are interleaved; every figure is a median of at least 20. Nothing here asserts: timings are shown, not tested.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from safeguard.train.toxicity_teacher import KINDS, add_teacher, teacher_ids, te
 
 
 def write_teacher(folder: Path) -> Path:
-    """A teacher whose six probabilities are all the same: the share of its 100 words that are known, times ten."""
+    """A teacher whose six probabilities are the same: its share of 100 known words, times ten."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({"rude": 1, "word": 1}), encoding="utf-8")
     nodes = [
