@@ -116,6 +116,9 @@ class GuardedStream:
             else:
                 if text := drive(self._held.finish()):
                     yield text
+        except BaseException:  # left early by the reader, or the source failed: what was judged is reported
+            self._guard.tell([self.report()])
+            raise
         finally:
             close = getattr(chunks, "close", None)
             if close is not None:
@@ -134,6 +137,9 @@ class GuardedStream:
             else:
                 if text := await adrive(self._held.finish()):
                     yield text
+        except BaseException:
+            self._guard.tell([self.report()])
+            raise
         finally:
             close = getattr(chunks, "aclose", None)
             if close is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safeguard import Blocked, Guard, Policy
+from safeguard import Action, Blocked, Guard, Policy, capture
 from safeguard.testing import WordCheck
 
 ALPHABET = st.text(alphabet="abn k\n.", max_size=120)
@@ -94,3 +94,20 @@ def test_checks_grow_linearly_with_the_stream() -> None:
 
     # a window of at most 40 + 20 + 10 characters every 10, and the whole once at the end: below 8 a character
     assert characters(4000) <= 8 * 4000
+
+
+def test_stream_that_its_reader_leaves_is_reported_and_closed() -> None:
+    closed: list[bool] = []
+
+    def source() -> Iterator[str]:
+        try:
+            yield from ["all clear and ", "more to come, ", "and more"]
+        finally:
+            closed.append(True)
+
+    with capture() as reports:
+        stream = guard("withhold").stream(source())
+        next(stream)
+        stream.close()
+    assert closed == [True]
+    assert [r.action for r in reports] == [Action.ALLOW]

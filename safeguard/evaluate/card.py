@@ -15,6 +15,7 @@ import numpy as np
 
 from safeguard.evaluate.classifier import (
     Item,
+    LabelledCheck,
     evasion,
     group_bias,
     measure,
@@ -29,8 +30,6 @@ from safeguard.train.text_data import JUDGED, Row, hard_rows, read_pack
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from safeguard.checks.text_classifier import TextClassifier
-
 _TOXICITY_SOURCES = (
     "dghs_v0.1",
     "toxigen_annotated",
@@ -41,7 +40,7 @@ _TOXICITY_SOURCES = (
 )
 
 
-def card_metrics(check: TextClassifier, data: Path, *, evasion_texts: int = 120) -> dict[str, Any]:
+def card_metrics(check: LabelledCheck, data: Path, *, evasion_texts: int = 120) -> dict[str, Any]:
     """All figures of the card as plain data. data: folder of the data pack."""
     validation, public = read_pack(data, "validation"), read_pack(data, "public_test")
     standard = check.operating_points["standard"]
@@ -60,7 +59,7 @@ def card_metrics(check: TextClassifier, data: Path, *, evasion_texts: int = 120)
 class _Scored:
     """Rows with their scores of every judged label."""
 
-    def __init__(self, check: TextClassifier, rows: Sequence[Row]) -> None:
+    def __init__(self, check: LabelledCheck, rows: Sequence[Row]) -> None:
         self.rows = rows
         scores = score_texts(check, [row.text for row in rows])
         self.scores = {label: scores[:, check.labels.index(label)] for label in JUDGED}
@@ -81,7 +80,7 @@ def _per_source(scored: _Scored, thresholds: Mapping[str, float]) -> list[dict[s
     return results
 
 
-def _pairs(check: TextClassifier, rows: Sequence[Row]) -> dict[str, float]:
+def _pairs(check: LabelledCheck, rows: Sequence[Row]) -> dict[str, float]:
     found = {}
     for source, label in (
         ("coprov2_train", "t2i_prompt"),
@@ -97,7 +96,7 @@ def _pairs(check: TextClassifier, rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
-def _hard(check: TextClassifier, thresholds: Mapping[str, float]) -> dict[str, dict[str, float]]:
+def _hard(check: LabelledCheck, thresholds: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Judged label -> false positives and recall on our own test templates, and false positives per group."""
     rows = hard_rows("hard_text_test.toml")
     scores = score_texts(check, [row.text for row in rows])
@@ -117,7 +116,7 @@ def _hard(check: TextClassifier, thresholds: Mapping[str, float]) -> dict[str, d
     return found
 
 
-def _calibration(check: TextClassifier, rows: Sequence[Row]) -> dict[str, float]:
+def _calibration(check: LabelledCheck, rows: Sequence[Row]) -> dict[str, float]:
     twins = [row.twin for row in rows if row.twin is not None]
     scored = _Scored(check, [*rows, *twins])
     found = {}
@@ -128,7 +127,7 @@ def _calibration(check: TextClassifier, rows: Sequence[Row]) -> dict[str, float]
 
 
 def _evasion(
-    check: TextClassifier, rows: Sequence[Row], thresholds: Mapping[str, float], most: int
+    check: LabelledCheck, rows: Sequence[Row], thresholds: Mapping[str, float], most: int
 ) -> dict[str, dict[str, dict[str, float]]]:
     rng = random.Random(0)
     table = {}
@@ -155,7 +154,7 @@ def _disguised(text: str, seed: int, *, name: str) -> str:
     return disguise(text, seed, name=name, variety="test")
 
 
-def _bias(check: TextClassifier, data: Path, threshold: float) -> dict[str, dict[str, float]]:
+def _bias(check: LabelledCheck, data: Path, threshold: float) -> dict[str, dict[str, float]]:
     """Identity group (the last word of a madlib) -> rates; these sentences were partly trained on."""
     rows = [row for row in read_pack(data, "train") if row.source == "bias_madlibs"]
     items = [

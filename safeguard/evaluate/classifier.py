@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,15 @@ from safeguard.types import Check, Finding
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+class LabelledCheck(Check[str], Protocol):
+    """A text check that names its labels and its calibrated operating points."""
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def operating_points(self) -> Mapping[str, Mapping[str, float]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,7 @@ class Evaluation:
 
 
 def evaluate(
-    check: Check[str], items: Sequence[Item], label: str, *, threshold: float | None = None
+    check: LabelledCheck, items: Sequence[Item], label: str, *, threshold: float | None = None
 ) -> Evaluation:
     """Measures one label of a check on labelled texts.
 
@@ -94,8 +103,8 @@ def evaluate(
     """
     if not items:
         raise ValueError("evaluate needs at least one item")
-    points: Mapping[str, Mapping[str, float]] = getattr(check, "operating_points", {})
-    cut = threshold if threshold is not None else points.get("standard", {}).get(label, 0.5)
+    standard = check.operating_points.get("standard", {})
+    cut = threshold if threshold is not None else standard.get(label, 0.5)
     scores = score_label(check, [item.text for item in items], label)
     return Evaluation(
         check.name, label, cut, tuple(measure(items, scores, label, cut)), group_bias(items, scores, cut)
@@ -124,9 +133,9 @@ def _item(row: Any, where: str) -> Item:
     return Item(row["text"], bool(row["label"]), str(row.get("source") or ""), tuple(groups))
 
 
-def score_texts(check: Check[str], texts: Sequence[str], *, batch: int = 256) -> NDArray[np.float64]:
+def score_texts(check: LabelledCheck, texts: Sequence[str], *, batch: int = 256) -> NDArray[np.float64]:
     """Scores (text, label) in the order of `check.labels`, the largest over the views of each text."""
-    labels: tuple[str, ...] = check.labels  # type: ignore[attr-defined]
+    labels = check.labels
     out = np.zeros((len(texts), len(labels)))
     for start in range(0, len(texts), batch):
         owners, seen = [], []
@@ -140,9 +149,9 @@ def score_texts(check: Check[str], texts: Sequence[str], *, batch: int = 256) ->
     return out
 
 
-def score_label(check: Check[str], texts: Sequence[str], label: str) -> NDArray[np.float64]:
+def score_label(check: LabelledCheck, texts: Sequence[str], label: str) -> NDArray[np.float64]:
     """Scores (text,) of one label. Raises ValueError when the check gives no such label."""
-    labels: tuple[str, ...] = check.labels  # type: ignore[attr-defined]
+    labels = check.labels
     if label not in labels:
         raise ValueError(f"check {check.name!r} gives no label {label!r}; it gives {', '.join(labels)}")
     return score_texts(check, texts)[:, labels.index(label)]
@@ -200,7 +209,7 @@ def group_bias(
 
 
 def evasion(
-    check: Check[str],
+    check: LabelledCheck,
     unsafe: Sequence[str],
     harmless: Sequence[str],
     label: str,
