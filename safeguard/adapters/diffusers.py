@@ -7,7 +7,6 @@ needs its own guard. So do pipelines inside it that are called alone, such as th
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import logging
@@ -21,6 +20,7 @@ from safeguard.adapters import diffusers_outputs as outputs
 from safeguard.adapters import pictures
 from safeguard.adapters.diffusers_call import Call
 from safeguard.adapters.diffusers_latents import Decoder
+from safeguard.adapters.in_place import keeping_methods
 from safeguard.driving import drive
 from safeguard.errors import CheckFailed
 from safeguard.guards import Guard
@@ -62,9 +62,7 @@ def wrap(target: T, guard: Guard, *, frames: int = MAX_FRAMES) -> T:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__safeguard__": guard,
-        "__reduce_ex__": _refuse_pickle,
-        "__copy__": _copy,
-        "__deepcopy__": _deepcopy,
+        **keeping_methods("use save_pretrained"),
     }
     for name in dir(base):
         if name in _GENERATES:
@@ -279,25 +277,3 @@ def _judged(static: Any, guard: Guard) -> Any:
     if plain:
         return staticmethod(judged)
     return classmethod(judged) if isinstance(static, classmethod) else judged
-
-
-def _refuse_pickle(self: Any, protocol: Any) -> NoReturn:
-    raise TypeError(
-        f"a guarded {type(self).__name__} cannot be pickled, because it would come back without its guard; "
-        "use save_pretrained and guard what you load"
-    )
-
-
-def _copy(self: Any) -> Any:
-    """A shallow copy, guarded like this one."""
-    twin = object.__new__(type(self))
-    twin.__dict__.update(self.__dict__)
-    return twin
-
-
-def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy, guarded like this one."""
-    twin = object.__new__(type(self))
-    memo[id(self)] = twin
-    twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-    return twin

@@ -19,7 +19,6 @@ messages.
 from __future__ import annotations
 
 import contextvars
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 from safeguard import flow
+from safeguard.adapters.in_place import keeping_methods
 from safeguard.driving import drive
 from safeguard.errors import MissingExtra
 from safeguard.guards import Guard
@@ -105,9 +105,7 @@ def become_guarded(target: Any, guard: Guard, members: dict[str, Any]) -> None:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__safeguard__": guard,
-        "__reduce_ex__": _refuse_pickle,
-        "__copy__": _copy,
-        "__deepcopy__": _deepcopy,
+        **keeping_methods("use save_pretrained, or save its state_dict"),
     }
     target.__class__ = type(base)(base.__name__, (base,), common | members)
 
@@ -209,25 +207,3 @@ def _refusals(base: type, names: Sequence[str]) -> dict[str, Any]:
         return refuse
 
     return {name: refusal(name) for name in names if hasattr(base, name)}
-
-
-def _refuse_pickle(self: Any, protocol: Any) -> NoReturn:
-    raise TypeError(
-        f"a guarded {type(self).__name__} cannot be pickled, because it would come back without its guard; "
-        "use save_pretrained, or save its state_dict, and guard what you load"
-    )
-
-
-def _copy(self: Any) -> Any:
-    """A shallow copy, guarded like this one."""
-    twin = object.__new__(type(self))
-    twin.__dict__.update(self.__dict__)
-    return twin
-
-
-def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy, guarded like this one."""
-    twin = object.__new__(type(self))
-    memo[id(self)] = twin
-    twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-    return twin

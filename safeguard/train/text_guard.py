@@ -9,6 +9,7 @@ import tempfile
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,9 +42,16 @@ RATES: Mapping[str, Mapping[str, float]] = {
 """Judged label -> operating point -> wanted false positives; higher for toxicity, whose labels are noisy."""
 
 
+NOISY = frozenset({"posi_sft", "adversarial_nibbler"})
+"""Sources labelled by what image models drew, not by what the words say: not used to choose thresholds."""
+FLOORS: Mapping[str, float] = {"lenient": 0.5, "standard": 0.3, "strict": 0.15}
+"""Lowest thresholds: where validation is too easy to say, new texts are harder than it."""
+
+
 def validation_rows(data: Path) -> list[Row]:
     """The pack's validation rows with their harmless twins, and our own validation templates."""
     rows = read_pack(data, "validation")
+    rows = [row for row in rows if row.source not in NOISY]
     twins = [row.twin for row in rows if row.twin is not None]
     return unique([*rows, *twins, *hard_rows("hard_text_validation.toml")])
 
@@ -56,8 +64,13 @@ def calibrations(check: TextClassifier, rows: Sequence[Row]) -> list[Calibration
         known = [i for i, row in enumerate(rows) if label in row.targets]
         truth = [int(rows[i].targets[label] > 0.45) for i in known]
         column = check.labels.index(label)
-        found.append(calibrate_scores(label, scores[known, column], truth, rates=RATES[label]))
+        found.append(_lifted(calibrate_scores(label, scores[known, column], truth, rates=RATES[label])))
     return found
+
+
+def _lifted(one: Calibration) -> Calibration:
+    thresholds = {point: max(value, FLOORS[point]) for point, value in one.thresholds.items()}
+    return replace(one, thresholds=thresholds)
 
 
 def sources(data: Path) -> list[dict[str, Any]]:
@@ -100,7 +113,7 @@ def flips(
     manifest = open_pack(pack).manifest
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "float.onnx"
-        export_float(build_model(run, config), plain, scaled_embedding=False)
+        export_float(build_model(run, config), plain, narrow=False)
         wide = _logits(plain, pack / "tokenizer.json", texts, config.max_tokens)
     narrow = _logits(pack / manifest.model.file, pack / "tokenizer.json", texts, config.max_tokens)
     result = {}

@@ -1,7 +1,9 @@
 """Turns a trained text classifier into a model pack: ONNX, int8, checked against the model that it came from.
 
-Weights of linear layers become int8 per output channel, activations int8 at run time. The word embeddings
-become int8 with a scale per word, written as Gather, Cast, Mul: one scale for the whole table loses too much.
+Weights of linear layers become int8 per output channel, activations int8 at run time. Two parts are sensitive
+and keep float32 activations, with weights still int8: the word embeddings have a scale per word (one scale for the
+whole table loses too much), and so do the outputs of the feed-forward layers, whose inputs (after GELU) have outliers
+that one scale for all activations cannot hold. Both are written as Cast and Mul.
 """
 
 from __future__ import annotations
@@ -51,15 +53,42 @@ class RowScaledEmbedding(nn.Module):  # type: ignore[misc]  # torch is not follo
         return rows * self.scales[ids]
 
 
-def export_float(model: TextHeads, path: Path, *, scaled_embedding: bool = True) -> None:
+class RowScaledLinear(nn.Module):  # type: ignore[misc]  # torch is not followed
+    """A linear layer with weights in int8, one scale per output, and float32 activations."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        scales = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+        self.register_buffer("weight", torch.round(weight / scales).to(torch.int8))
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", linear.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return nn.functional.linear(x, self.weight.to(torch.float32) * self.scales, self.bias)
+
+
+def _narrow_sensitive(model: TextHeads) -> None:
+    """Puts row-scaled int8 weights into the sensitive parts of a BERT-like trunk, in place."""
+    embeddings: Any = model.trunk.embeddings
+    embeddings.word_embeddings = RowScaledEmbedding(embeddings.word_embeddings.weight.detach())
+    for module in list(model.trunk.modules()):
+        dense = getattr(module, "dense", None)
+        if isinstance(dense, nn.Linear) and dense.in_features > dense.out_features:
+            module.dense = RowScaledLinear(dense)
+
+
+def export_float(model: TextHeads, path: Path, *, narrow: bool = True) -> None:
     """Writes the model as ONNX: input_ids, attention_mask (batch, token) int64 -> logits (batch, label).
+
+    narrow: the sensitive parts get int8 weights (in place); what remains is for `quantise`.
 
     Raises ValueError when ONNX Runtime does not agree with torch on padded batches of other shapes.
     """
     model = model.eval()
-    if scaled_embedding:
-        embeddings: Any = model.trunk.embeddings
-        embeddings.word_embeddings = RowScaledEmbedding(embeddings.word_embeddings.weight.detach())
+    if narrow:
+        _narrow_sensitive(model)
     ids, mask = _example(3, 11)
     batch, tokens = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("token", min=2, max=512)
     torch.onnx.export(

@@ -151,9 +151,9 @@ def test_embeddings_may_be_let_in_and_the_picture_is_still_judged() -> None:
 def test_refined_prompt_is_what_the_pipeline_gets() -> None:
     rules = InputRules(t2i=Rules(action=Action.REFINE))
     pipe = guarded(refiner=SwapRefiner({"knife": "spoon"}), input=rules)
-    out = pipe(prompt=["a knife", "a cat"], negative_prompt="a knife")
+    out = pipe(prompt=["a knife", "a cat"], prompt_2="a knife")
     assert pipe.calls[0]["prompt"] == ["a spoon", "a cat"]
-    assert pipe.calls[0]["negative_prompt"] == "a spoon"
+    assert pipe.calls[0]["prompt_2"] == "a spoon"
     assert [r.revised_prompt for r in out.safety][0] == "a spoon"
 
 

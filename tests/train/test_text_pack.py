@@ -11,7 +11,7 @@ from safeguard.packs import resolve
 from safeguard.train.classifier import ClassifierConfig, TextHeads, load_model, train_classifier
 from safeguard.train.text_data import JUDGED, LABELS
 from safeguard.train.text_guard import build_text_guard, flips, sources
-from safeguard.train.text_pack import RowScaledEmbedding, export_float, open_session, quantise
+from safeguard.train.text_pack import RowScaledEmbedding, RowScaledLinear, export_float, open_session, quantise
 from tests.train.tiny_text import write_pack, write_trunk
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
@@ -57,9 +57,18 @@ def test_row_scaled_embedding_is_within_half_a_step_of_each_row() -> None:
     assert bool(((found - table).abs() <= table.abs().amax(1, keepdim=True) / 254 + 1e-6).all())
 
 
+def test_row_scaled_linear_is_close_to_the_layer_that_it_replaces() -> None:
+    linear = torch.nn.Linear(2, 1)
+    linear.weight.data = torch.tensor([[1.0, -0.3]])
+    linear.bias.data = torch.tensor([0.5])
+    # -0.3 is 38.1 steps of 1/127, stored as 38: 127/127 - 38/127 + .5
+    found = RowScaledLinear(linear)(torch.ones(1, 2))
+    assert float(found) == pytest.approx(1 - 38 / 127 + 0.5)
+
+
 def test_export_agrees_with_torch_on_other_shapes(config: ClassifierConfig, tmp_path: Path) -> None:
     model, _ = load_model(config)
-    export_float(model, tmp_path / "m.onnx", scaled_embedding=False)
+    export_float(model, tmp_path / "m.onnx", narrow=False)
     ids = torch.randint(5, 60, (4, 13))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
