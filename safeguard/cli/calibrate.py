@@ -6,7 +6,7 @@ import json as json_module
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,7 +38,7 @@ def calibrate(
     if write and not Path(check).is_dir():
         raise ValueError(f"--write needs the folder of a pack, got {check!r}")
     texts, truth = calibration.read_labelled(data)
-    loaded = load_check(str(Path(check).resolve()) if Path(check).is_dir() else check, device=device)
+    loaded: Any = load_check(str(Path(check).resolve()) if Path(check).is_dir() else check, device=device)
     if loaded.modality != "text":
         raise ValueError(f"{check!r} judges pictures; only text checks are calibrated here")
     found = calibration.calibrate(loaded, texts, truth, label, rates=rates, refit=not keep)

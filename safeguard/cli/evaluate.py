@@ -36,7 +36,7 @@ def classifier(
     from safeguard.checks.loading import load_check
     from safeguard.evaluate import classifier as evaluation
 
-    loaded = load_check(str(Path(check).resolve()) if Path(check).is_dir() else check, device=device)
+    loaded: Any = load_check(str(Path(check).resolve()) if Path(check).is_dir() else check, device=device)
     if loaded.modality != "text":
         raise ValueError(f"{check!r} judges pictures; only text checks are measured here")
     known = tuple(getattr(loaded, "labels", ()))
