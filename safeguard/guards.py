@@ -6,7 +6,7 @@ import contextvars
 import logging
 import os
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,14 +147,14 @@ class Guard:
         pieces = await asyncio.to_thread(self._pieces, listed, modality)
         return self.tell(await adrive(flow.output_reports(self._output_route(modality), pieces)))
 
-    def stream(self, chunks: Iterable[str]) -> Iterator[str]:
+    def stream(self, chunks: Iterable[str]) -> Generator[str, None, None]:
         """Yield streamed text only after it was judged with what follows it, by the policy's `stream` rules.
 
         Raises Blocked at the first flagged text, after closing the source.
         """
         return GuardedStream(self, self._output_route("text"), flow.Ask({})).run(chunks)
 
-    def astream(self, chunks: AsyncIterable[str]) -> AsyncIterator[str]:
+    def astream(self, chunks: AsyncIterable[str]) -> AsyncGenerator[str, None]:
         """`stream` for an event loop."""
         return GuardedStream(self, self._output_route("text"), flow.Ask({})).arun(chunks)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Sequence
 from typing import Any, cast
 
 from safeguard import flow
@@ -105,7 +105,7 @@ class GuardedStream:
         self._guard, self._route, self._ask, self._item = guard, route, ask, item
         self._held = HeldText(route)
 
-    def run(self, chunks: Iterable[str]) -> Iterator[str]:
+    def run(self, chunks: Iterable[str]) -> Generator[str, None, None]:
         """Yield what may be released; stops reading the source as soon as something is flagged."""
         try:
             for chunk in chunks:
@@ -126,7 +126,7 @@ class GuardedStream:
         if tail := self._settle():
             yield tail
 
-    async def arun(self, chunks: AsyncIterable[str]) -> AsyncIterator[str]:
+    async def arun(self, chunks: AsyncIterable[str]) -> AsyncGenerator[str, None]:
         """`run` for an event loop."""
         try:
             async for chunk in chunks:

@@ -11,7 +11,13 @@ from safeguard.packs import resolve
 from safeguard.train.classifier import ClassifierConfig, TextHeads, load_model, train_classifier
 from safeguard.train.text_data import JUDGED, LABELS
 from safeguard.train.text_guard import build_text_guard, flips, sources
-from safeguard.train.text_pack import RowScaledEmbedding, RowScaledLinear, export_float, open_session, quantise
+from safeguard.train.text_pack import (
+    RowScaledEmbedding,
+    RowScaledLinear,
+    export_float,
+    open_session,
+    quantise,
+)
 from tests.train.tiny_text import write_pack, write_trunk
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
