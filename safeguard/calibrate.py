@@ -123,8 +123,12 @@ def calibrate_scores(
     *,
     rates: Mapping[str, float] = FALSE_POSITIVE_RATES,
     refit: bool = True,
+    floors: Mapping[str, float] | None = None,
 ) -> Calibration:
-    """As `calibrate`, from scores (item,) that are already there."""
+    """As `calibrate`, from scores (item,) that are already there.
+
+    floors: operating point -> lowest threshold, where these texts are easier than those to come.
+    """
     values, known = np.asarray(scores, np.float64), np.asarray(truth, np.float64)
     unsafe = known > 0.5
     if not unsafe.any() or unsafe.all():
@@ -133,7 +137,10 @@ def calibrate_scores(
         )
     slope, offset = fit_scaling(_logit(values), known) if refit else (1.0, 0.0)
     new = scale(values, slope, offset) if refit else values
-    thresholds = {point: threshold_for(new[~unsafe], rate) for point, rate in rates.items()}
+    lowest = floors or {}
+    thresholds = {
+        point: max(threshold_for(new[~unsafe], rate), lowest.get(point, 0.0)) for point, rate in rates.items()
+    }
     return Calibration(
         label,
         slope,

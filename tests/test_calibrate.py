@@ -86,6 +86,13 @@ def test_calibration_lowers_the_error_of_an_overconfident_score() -> None:
     assert found.error < 0.01
 
 
+def test_floors_lift_thresholds_and_the_recall_told_with_them() -> None:
+    found = calibrate_scores(
+        "x", [0.1, 0.2, 0.6, 0.9], [0, 0, 1, 1], rates={"strict": 0.5}, refit=False, floors={"strict": 0.7}
+    )
+    assert (found.thresholds["strict"], found.recall["strict"]) == (0.7, 0.5)
+
+
 def test_calibration_refuses_one_class() -> None:
     with pytest.raises(ValueError, match="needs unsafe and harmless items, got 2 and 0"):
         calibrate_scores("x", [0.1, 0.2], [1, 1])

@@ -9,7 +9,6 @@ import tempfile
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,13 +63,8 @@ def calibrations(check: TextClassifier, rows: Sequence[Row]) -> list[Calibration
         known = [i for i, row in enumerate(rows) if label in row.targets]
         truth = [int(rows[i].targets[label] > 0.45) for i in known]
         column = check.labels.index(label)
-        found.append(_lifted(calibrate_scores(label, scores[known, column], truth, rates=RATES[label])))
+        found.append(calibrate_scores(label, scores[known, column], truth, rates=RATES[label], floors=FLOORS))
     return found
-
-
-def _lifted(one: Calibration) -> Calibration:
-    thresholds = {point: max(value, FLOORS[point]) for point, value in one.thresholds.items()}
-    return replace(one, thresholds=thresholds)
 
 
 def sources(data: Path) -> list[dict[str, Any]]:

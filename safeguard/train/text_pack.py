@@ -1,9 +1,9 @@
 """Turns a trained text classifier into a model pack: ONNX, int8, checked against the model that it came from.
 
 Weights of linear layers become int8 per output channel, activations int8 at run time. Two parts are sensitive
-and keep float32 activations, with weights still int8: the word embeddings have a scale per word (one scale for the
-whole table loses too much), and so do the outputs of the feed-forward layers, whose inputs (after GELU) have outliers
-that one scale for all activations cannot hold. Both are written as Cast and Mul.
+and keep float32 activations, with weights still int8: the word embeddings have a scale per word (one for the
+whole table loses too much), and so do the outputs of the feed-forward layers, whose inputs (after GELU) have
+outliers that one scale for all activations cannot hold. Both are written as Cast and Mul.
 """
 
 from __future__ import annotations
