@@ -19,13 +19,14 @@ from urllib.parse import urlsplit
 
 from safeguard import registry, smollm2
 from safeguard.errors import DISTRIBUTION, PackError, PackNotFound
+from safeguard.packs import is_offline
 from safeguard.policy import PRESETS, Policy
 
 State = Literal["ok", "missing", "problem", "note"]
 
 _OPTIONAL: tuple[str, ...] = (
     *("onnxruntime", "onnxruntime-gpu", "torch", "transformers", "diffusers", "accelerate", "safetensors"),
-    *("onnx", "onnxscript", "huggingface-hub", "gguf", "sentencepiece"),
+    *("onnx", "onnxscript", "huggingface-hub", "gguf"),
 )
 _REQUIREMENT = re.compile(r"([\w.-]+)\s*(?:\[([\w,\s.-]*)\])?\s*([^;]*?)\s*(?:;\s*(.*))?")
 _EXTRA = re.compile(r"extra\s*==\s*['\"]([\w.-]+)['\"]")
@@ -349,7 +350,7 @@ def _hub(*, offline: bool) -> Iterator[Item]:
         yield Item("hub", "cache", "ok", f"{folder} can be written to")
     else:
         yield Item("hub", "cache", "problem", f"{folder} cannot be written to", "export HF_HOME=FOLDER")
-    if os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}:
+    if is_offline():
         yield Item("hub", "network", "note", "HF_HUB_OFFLINE is set: nothing is downloaded")
     elif offline:
         yield Item("hub", "network", "note", "not tried")

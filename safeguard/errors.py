@@ -16,7 +16,7 @@ SafeguardError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +28,16 @@ DISTRIBUTION = "safeguard-sdk"
 
 class SafeguardError(Exception):
     """Base class: `except SafeguardError` catches all of ours and nothing else."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the default calls the class with the message alone, which breaks the pool that it is sent through
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[SafeguardError], args: tuple[Any, ...], state: Mapping[str, Any]) -> SafeguardError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class Blocked(SafeguardError):
@@ -45,7 +55,7 @@ class Blocked(SafeguardError):
 
 
 class CheckFailed(SafeguardError):
-    """Content could not be judged, so nothing was let through; the cause is chained.
+    """Content could not be judged, so nothing was let through; `why` names what was raised, never its words.
 
     Carries `check`, the name of what failed, and, when raised by a guarded call, `reports` and `output` as in
     `Blocked`.

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from safeguard.driving import Step
-from safeguard.judging import Budget, Piece, Surface, strongest, text_piece
+from safeguard.judging import Budget, Piece, Surface, read_texts, strongest
 from safeguard.policy import Policy
 from safeguard.types import Action, Modality, Refiner, RefineRequest, Report, Span, Task, Verdict
 
@@ -35,7 +35,7 @@ class Ask:
     Its texts by argument name, and the names of inputs that nobody can read.
     """
 
-    texts: Texts
+    texts: Texts = field(repr=False)
     unseen: tuple[str, ...] = ()
     outputs: int = 1
 
@@ -67,20 +67,20 @@ class Job(Protocol):
 class Item:
     """One ask, or one output of it, on its way through the flow."""
 
-    texts: dict[str, str]
+    texts: dict[str, str] = field(repr=False)
     verdicts: list[Verdict] = field(default_factory=list)
     asked: Action = Action.ALLOW  # what became of the prompt
     made: Action = Action.ALLOW  # what the policy says of the latest output
     refined: bool = False
     rounds: int = 0
-    output: Any = None
+    output: Any = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Result of a flow: per ask its outputs (placeholders where withheld) and their reports."""
 
-    outputs: list[list[Any]]
+    outputs: list[list[Any]] = field(repr=False)
     reports: list[list[Report]]
 
     @property
@@ -143,20 +143,13 @@ def _judge_texts(
 ) -> Generator[Step, Any, None]:
     """Judge the named texts of each item; verdicts are added to the items."""
     places = [(item, name) for item, wanted in zip(items, names, strict=True) for name in wanted]
-
-    def read() -> list[Piece]:
-        return [
-            text_piece(
-                name,
-                item.texts[name],
-                route.policy,
-                1 + _last_round(item, "input", name) if item.verdicts else 0,
-            )
+    pieces = yield from read_texts(
+        [
+            (name, item.texts[name], 1 + _last_round(item, "input", name) if item.verdicts else 0)
             for item, name in places
-        ]
-
-    long = any(isinstance(t := item.texts[name], str) and len(t) > 10_000 for item, name in places)
-    pieces = (yield Step(read)) if long else read()  # long texts are not normalised on an event loop
+        ],
+        route.policy,
+    )
     rows = yield from route.inputs.judge(pieces, budget)
     for (item, name), row in zip(places, rows, strict=True):
         if route.policy.negative_prompt == "report" and name.startswith(NEGATIVE):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextvars
+import inspect
 import logging
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar, overload
@@ -131,13 +132,16 @@ class Guard:
 
     async def acheck_input(self, texts: str | Sequence[str], *, task: Task = "llm") -> list[Report]:
         """`check_input` for an event loop."""
+        import asyncio
+
         asks = [flow.Ask({"prompt": text}) for text in _as_list(texts)]
-        return self.tell(await adrive(flow.input_reports(self.route(task, "text"), self._limited(asks))))
+        route = await asyncio.to_thread(self.route, task, "text")  # the first time it loads models
+        return self.tell(await adrive(flow.input_reports(route, self._limited(asks))))
 
     def check_output(self, items: Any, *, modality: Modality = "text") -> list[Report]:
         """Judge results, one report each: texts, or images (PIL, arrays, tensors), alone or in a list."""
         pieces = self._pieces(self._limited(_as_list(items)), modality)
-        return self.tell(drive(flow.output_reports(self._output_route(modality), pieces)))
+        return self.tell(drive(flow.output_reports(self.output_route(modality), pieces)))
 
     async def acheck_output(self, items: Any, *, modality: Modality = "text") -> list[Report]:
         """`check_output` for an event loop."""
@@ -145,18 +149,24 @@ class Guard:
 
         listed = self._limited(_as_list(items))
         pieces = await asyncio.to_thread(self._pieces, listed, modality)
-        return self.tell(await adrive(flow.output_reports(self._output_route(modality), pieces)))
+        route = await asyncio.to_thread(self.output_route, modality)
+        return self.tell(await adrive(flow.output_reports(route, pieces)))
 
     def stream(self, chunks: Iterable[str]) -> Generator[str, None, None]:
         """Yield streamed text only after it was judged with what follows it, by the policy's `stream` rules.
 
         Raises Blocked at the first flagged text, after closing the source.
         """
-        return GuardedStream(self, self._output_route("text"), flow.Ask({})).run(chunks)
+        return GuardedStream(self, self.output_route("text"), flow.Ask({})).run(chunks)
 
-    def astream(self, chunks: AsyncIterable[str]) -> AsyncGenerator[str, None]:
+    async def astream(self, chunks: AsyncIterable[str]) -> AsyncGenerator[str, None]:
         """`stream` for an event loop."""
-        return GuardedStream(self, self._output_route("text"), flow.Ask({})).arun(chunks)
+        import asyncio
+
+        route = await asyncio.to_thread(self.output_route, "text")
+        async with aclosing(GuardedStream(self, route, flow.Ask({})).arun(chunks)) as texts:
+            async for text in texts:
+                yield text
 
     def _pieces(self, items: Sequence[Any], modality: Modality) -> list[Piece]:
         if modality == "text":
@@ -216,7 +226,7 @@ class Guard:
             raise Blocked(reports, output)
         raise _failure(blocked[0], reports, output)
 
-    def _output_route(self, modality: Modality) -> flow.Route:
+    def output_route(self, modality: Modality) -> flow.Route:
         """A route for judging results alone: no input check needs to be there."""
         with self._loaded.lock:
             outputs = self._surface("output", modality, modality)
@@ -247,8 +257,8 @@ class Guard:
 
     def _beside(self, spec: str) -> str:
         """`kind:file` with a relative file that stands in our folder, as a full path; else as it is."""
-        kind, colon, argument = spec.partition(":")
-        if self.folder is None or not colon or not (self.folder / argument).exists():
+        kind, _, argument = spec.partition(":")
+        if self.folder is None or not argument or not (self.folder / argument).exists():
             return spec
         return f"{kind}:{self.folder / argument}"
 
@@ -258,12 +268,19 @@ class Guard:
         if self._loaded.refiner is None:
             name, _, argument = self.policy.refiner.partition(":")
             factory = registry.load("refiners", name)
-            self._loaded.refiner = factory(argument) if argument else factory()
+            given = (argument,) if argument else ()
+            try:
+                inspect.signature(factory).bind(*given)
+            except TypeError as exc:
+                raise ValueError(
+                    f"refiner {self.policy.refiner!r} must be name:argument as its factory wants: {exc}"
+                ) from exc
+            self._loaded.refiner = factory(*given)
         return self._loaded.refiner
 
 
 def _failure(first: Report, reports: list[Report], output: Any) -> CheckFailed:
-    verdict = next(v for v in first.verdicts if v.error)
+    verdict = next(v for v in first.final if v.error and not v.action.passes)
     kind = CheckFailed
     if verdict.error == TIMED_OUT:
         kind = CheckTimeout

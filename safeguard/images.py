@@ -31,6 +31,8 @@ MAX_FRAMES = 16
 """Frames that are looked at in an animation, evenly spread, the first and the last among them."""
 MAX_RATIO = 64
 """Pictures longer than this many times their shorter side are refused."""
+MAX_CROPS = 512
+"""Crops of one picture over all frames and backgrounds; one with more is refused: 300 MB at 224 x 224."""
 _TILE_RATIO = 2.0  # from here on a picture is cut into tiles: a centre crop would miss half of it
 _MAX_BYTES = 200_000_000
 _MAX_ANIMATION = 10 * MAX_PIXELS  # pixels of all frames: seconds of decoding
@@ -124,7 +126,15 @@ def _rows(item: Any, spec: ImagePreprocess, max_frames: int) -> tuple[NDArray[np
             _refuse_size(item.shape[2], item.shape[1])
         return preprocess_tensor(item, spec), 1, 1
     frames, total = _frames(item, max_frames)
-    rows = [crop for frame in frames for view in _backgrounds(frame) for crop in _crops(view, spec)]
+    rows: list[NDArray[np.float32]] = []
+    for frame in frames:
+        for view in _backgrounds(frame):
+            rows += _crops(view, spec)
+            if len(rows) > MAX_CROPS:
+                raise ValueError(
+                    f"the picture needs more than {MAX_CROPS} crops for its {len(frames)} frames; "
+                    "cut it, or look at fewer frames"
+                )
     return np.stack(rows), total, len(frames)
 
 

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 TIMED_OUT = "timed out"
 """What a verdict says of a check that ran out of its time."""
 
+_LONG = 4000  # characters; to normalise more takes too long for an event loop
+
 Judging = Generator[Step, Any, "list[list[Verdict]]"]
 
 
@@ -35,7 +37,7 @@ class Piece:
     """
 
     source: str
-    views: tuple[Any, ...]
+    views: tuple[Any, ...] = field(repr=False)
     round: int = 0
     unseen: str | None = None
     refused: bool = False
@@ -51,6 +53,17 @@ def text_piece(source: str, text: Any, policy: Policy, number: int = 0) -> Piece
             source, (), number, f"{source} has {len(text)} characters, more than max_chars {policy.max_chars}"
         )
     return Piece(source, views(text), number)
+
+
+def read_texts(named: Sequence[tuple[str, Any, int]], policy: Policy) -> Generator[Step, Any, list[Piece]]:
+    """A piece for each (source, text, round); long ones are not normalised on an event loop."""
+
+    def read() -> list[Piece]:
+        return [text_piece(source, text, policy, number) for source, text, number in named]
+
+    if sum(len(text) for _, text, _ in named if isinstance(text, str)) <= _LONG:
+        return read()
+    return (yield Step(read))  # type: ignore[no-any-return]  # what read gave, through the driver
 
 
 def image_piece(image: Any) -> Piece:
@@ -95,6 +108,21 @@ class Surface:
 
     def __post_init__(self) -> None:
         self._judged = [{} for _ in self.checks]
+        for check in self.checks:
+            points = getattr(check, "operating_points", None)
+            if points and self.policy.operating_point and self.policy.operating_point not in points:
+                log.warning(
+                    "not calibrated, so the policy's own thresholds hold: check=%s point=%s known=%s",
+                    check.name,
+                    self.policy.operating_point,
+                    ",".join(points),
+                )
+            for category, threshold in self._calibrated(check).items():
+                if not 0.0 <= threshold <= 1.0:  # also false for NaN, which would never flag
+                    raise ValueError(
+                        f"check {check.name!r} has the threshold {threshold} for {category!r} at the "
+                        f"operating point {self.policy.operating_point!r}; it must be in [0, 1]"
+                    )
 
     def judge(self, pieces: Sequence[Piece], budget: Budget) -> Judging:
         """One list of verdicts per piece, in order.
@@ -115,9 +143,7 @@ class Surface:
         for number, check in enumerate(self.checks):
             started = time.perf_counter()
             results = yield from self._run(check, list(batch), budget)
-            took = time.perf_counter() - started
-            budget.spend(took)
-            each_ms = took * 1e3 / len(seen)
+            each_ms = (time.perf_counter() - started) * 1e3 / len(seen)
             for i, rows in zip(seen, places, strict=True):
                 out[i].append(self._verdict(number, check, pieces[i], [results[r] for r in rows], each_ms))
         return out
@@ -129,8 +155,12 @@ class Surface:
 
         One bad item does not take its neighbours with it.
         """
+        started = time.perf_counter()
         try:
-            found = yield Step(partial(_call, check, batch), budget.timeout_s())
+            try:
+                found = yield Step(partial(_call, check, batch), budget.timeout_s())
+            finally:  # before an item is tried again alone, so that all tries share the total
+                budget.spend(time.perf_counter() - started)
         except StepTimeout:
             log.error("check timed out: check=%s items=%d", check.name, len(batch))
             return [TIMED_OUT] * len(batch)
@@ -190,10 +220,13 @@ class Surface:
         self, known: dict[str, tuple[float, Action] | None], check: Check[Any], category: str
     ) -> tuple[float, Action] | None:
         """Threshold and action of a category of a check, None where it is not judged; worked out once."""
-        points: Mapping[str, Mapping[str, float]] = getattr(check, "operating_points", None) or {}
-        threshold = self.rules.threshold_of(category, points.get(self.policy.operating_point or "", {}))
+        threshold = self.rules.threshold_of(category, self._calibrated(check))
         known[category] = None if threshold is None else (threshold, self.rules.action_of(category))
         return known[category]
+
+    def _calibrated(self, check: Check[Any]) -> Mapping[str, float]:
+        points: Mapping[str, Mapping[str, float]] = getattr(check, "operating_points", None) or {}
+        return points.get(self.policy.operating_point or "", {})
 
     def _failed(self, check: str, piece: Piece, why: str, ms: float) -> Verdict:
         """The verdict on what could not be judged: the policy's on_error, and never a silent pass."""
@@ -211,19 +244,22 @@ def _call(check: Check[Any], batch: list[Any]) -> list[Finding | str]:
     rows = check(batch)
     if len(rows) != len(batch):
         raise ValueError(f"check {check.name!r} gave {len(rows)} results for {len(batch)} items")
-    return [_finding(row) for row in rows]
+    return [_finding(row, item) for row, item in zip(rows, batch, strict=True)]
 
 
-def _finding(row: Finding | Scores) -> Finding | str:
+def _finding(row: Finding | Scores, item: Any) -> Finding | str:
     finding = row if isinstance(row, Finding) else Finding(row)
     if not finding.scores:
         return "gave no scores"
     for category, score in finding.scores.items():
         if type(score) is not float:
-            return _finding(replace(finding, scores={c: float(s + 0.0) for c, s in finding.scores.items()}))
+            scores = {c: float(s + 0.0) for c, s in finding.scores.items()}
+            return _finding(replace(finding, scores=scores), item)
         if not 0.0 <= score <= 1.0:  # also false for NaN
             kind = "NaN" if math.isnan(score) else f"{score:g}"
             return f"gave {kind} for {category!r}, scores must be in [0, 1]"
+    if isinstance(item, str) and not all(0 <= s.start <= s.end <= len(item) for s in finding.spans):
+        return f"gave a span outside 0 to {len(item)}"
     return finding
 
 

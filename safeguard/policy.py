@@ -37,6 +37,13 @@ _USELESS: dict[tuple[str, Action], str] = {
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # would be taken for 0 or 1: `threshold: yes` would never flag a thing
+            raise ValueError("must not be true or false (YAML reads yes, no, on and off so)")
+        return value
+
 
 class Rule(_Part):
     """What holds for one category, where it differs from the surface."""

@@ -204,7 +204,8 @@ class Report:
     @property
     def failed(self) -> bool:
         """Whether it was withheld because it could not be judged, not because it was judged unsafe."""
-        return self.blocked and any(v.error for v in self.verdicts)
+        stopped = [v for v in self.final if not v.action.passes]
+        return self.blocked and any(v.error for v in stopped) and not any(v.flagged for v in stopped)
 
     @property
     def final(self) -> tuple[Verdict, ...]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +15,18 @@ import pytest
 from safeguard import (
     Action,
     Blocked,
+    CheckFailed,
+    Finding,
     Guard,
+    MissingExtra,
+    PackNotFound,
     Policy,
+    Span,
+    UnknownName,
     capture,
 )
+from safeguard.flow import Ask, Item, Outcome
+from safeguard.judging import text_piece
 from safeguard.testing import BrightCheck, FailingCheck, HangingCheck, ScoreCheck, SwapRefiner, WordCheck
 
 
@@ -173,3 +184,142 @@ def test_check_of_a_modality_that_is_never_asked_is_refused() -> None:
         ValueError, match="inputs take checks of modality text, got 'bright' of modality 'image'"
     ):
         Guard(inputs=[BrightCheck()])
+
+
+def test_flagged_content_is_blocked_not_failed_where_another_failure_was_let_through() -> None:
+    guard = Guard(inputs=[WordCheck("knife"), FailingCheck()], policy=policy(on_error="allow"))
+    with pytest.raises(Blocked) as caught:
+        guard(echo)("a knife")
+    assert not caught.value.report.failed
+
+
+def test_failure_of_the_check_of_a_refined_prompt_is_a_failure() -> None:
+    class Moody(WordCheck):
+        """Cannot judge what the refiner writes."""
+
+        def __call__(self, batch: Sequence[str], /) -> list[Any]:
+            if "spoon" in batch:
+                raise RuntimeError
+            return super().__call__(batch)
+
+    guard = Guard(inputs=[Moody("knife")], refiner=SwapRefiner({"knife": "spoon"}), policy=llm("refine"))
+    with pytest.raises(CheckFailed):
+        guard(echo)("knife")
+
+
+def test_span_outside_the_text_is_an_error_of_that_item_alone() -> None:
+    class Astray(WordCheck):
+        """Says of long texts that something stands behind their end."""
+
+        def __call__(self, batch: Sequence[str], /) -> list[Any]:
+            return [
+                Finding({"bad": 1.0 if len(t) > 2 else 0.0}, (Span(0, 2 * len(t) - 2, "bad"),)) for t in batch
+            ]
+
+    long, short = Guard(inputs=[Astray("")]).check_input(["long", "ok"])
+    assert (long.failed, short.action) == (True, Action.ALLOW)
+    assert long.verdicts[0].error == "gave a span outside 0 to 4"
+
+
+def test_items_tried_again_alone_share_the_total_time() -> None:
+    class Slow(FailingCheck):
+        """Fails after a twentieth of a second."""
+
+        def __call__(self, batch: Sequence[Any], /) -> list[Any]:
+            time.sleep(0.05)
+            return super().__call__(batch)
+
+    started = time.perf_counter()
+    reports = Guard(inputs=[Slow()], policy=policy(total_timeout_s=0.12)).check_input(
+        [str(i) for i in range(40)]
+    )
+    assert time.perf_counter() - started < 1  # 40 tries would take 2 s
+    assert all(r.failed for r in reports)
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), -0.1, 1.5])
+def test_calibrated_threshold_that_is_no_probability_is_refused(threshold: float) -> None:
+    check = ScoreCheck({"x": {"bad": 1.0}})
+    check.operating_points = {"standard": {"bad": threshold}}  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"'bad' at the operating point 'standard'; it must be in \[0, 1\]"):
+        Guard(inputs=[check], policy=policy(operating_point="standard")).check_input("x")
+
+
+def test_operating_point_that_a_calibrated_check_does_not_know_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    check = ScoreCheck({"x": {"bad": 0.4}})
+    check.operating_points = {"standard": {"bad": 0.3}}  # type: ignore[attr-defined]
+    Guard(inputs=[check], policy=policy(operating_point="standrad")).check_input("x")
+    assert "point=standrad known=standard" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["input", "output", "stream"])
+def test_event_loop_goes_on_while_another_thread_loads_a_model(kind: str) -> None:
+    guard = Guard(inputs=[WordCheck("knife")], outputs=[WordCheck("knife")])
+    loading, loaded = threading.Event(), threading.Event()
+
+    def load() -> bool:
+        with guard._loaded.lock:
+            loading.set()
+            return loaded.wait(3)  # told by the loop, if that goes on
+
+    async def words() -> AsyncIterator[str]:
+        yield "spoon"
+
+    async def ask() -> None:
+        if kind == "input":
+            await guard.acheck_input("x")
+        elif kind == "output":
+            await guard.acheck_output("x")
+        else:
+            assert [text async for text in guard.astream(words())] == ["spoon"]
+
+    async def run() -> bool:
+        other = asyncio.get_running_loop().run_in_executor(None, load)
+        await asyncio.to_thread(loading.wait)
+        asyncio.get_running_loop().call_later(0.05, loaded.set)
+        await ask()
+        return await other
+
+    assert asyncio.run(run())
+
+
+def test_content_is_not_in_what_the_flow_shows_of_itself() -> None:
+    shown = [
+        Ask({"prompt": "secret"}),
+        Item({"prompt": "secret"}, output="secret"),
+        Outcome([["secret"]], []),
+        text_piece("prompt", "secret", Policy()),
+    ]
+    assert "secret" not in repr(shown)
+
+
+def test_errors_come_back_from_another_process_as_they_were() -> None:
+    with pytest.raises(Blocked) as caught:
+        Guard(outputs=[WordCheck("KNIFE")])(shout)(["a knife", "a spoon"])
+    errors = [
+        caught.value,
+        CheckFailed("toxic", "failed with ValueError"),
+        PackNotFound("toxic", ["here"]),
+        MissingExtra("torch", extra="torch"),
+        UnknownName("preset", "strickt", ["strict"]),
+    ]
+    for error in errors:
+        twin = pickle.loads(pickle.dumps(error))
+        assert (type(twin), str(twin), vars(twin)) == (type(error), str(error), vars(error))
+
+
+def test_word_list_that_a_policy_file_names_may_stand_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "rude.txt").write_text("scoundrel\n", encoding="utf-8")
+    (tmp_path / "policy.yaml").write_text(
+        "input: {llm: {checks: ['blocklist:rude.txt']}}\n", encoding="utf-8"
+    )
+    guard = Guard.from_file(tmp_path / "policy.yaml")
+    assert [r.blocked for r in guard.check_input(["a loaf", "you scoundrel"])] == [False, True]
+
+
+def test_refiner_that_wants_an_argument_says_so() -> None:
+    rules = {"refiner": "causal-lm", "input": {"llm": {"action": "refine"}}}
+    with pytest.raises(ValueError, match="refiner 'causal-lm' must be name:argument"):
+        Guard(inputs=[WordCheck("knife")], policy=policy(**rules)).check_input("a knife")

@@ -241,6 +241,17 @@ def test_a_long_picture_is_cut_into_tiles_that_reach_both_ends() -> None:
     assert prepared.owners.tolist() == [0] * 5
 
 
+def test_a_picture_of_very_many_crops_is_refused() -> None:
+    # 16 frames, each as stored, on white and on black, each cut into 65 crops: 3120
+    frames = [Image.new("RGBA", (1024, 16), (10 * i, 0, 0, 128)) for i in range(16)]
+    file = io.BytesIO()
+    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    spec = ImagePreprocess(size=16, resize=16)
+
+    with pytest.raises(ValueError, match=r"item 0 of the batch: .* more than 512 crops for its 16 frames"):
+        prepare([Image.open(file)], spec)
+
+
 def test_rows_know_their_picture_and_errors_name_it() -> None:
     prepared = prepare([red(), red(51), red()], PLAIN)
 

@@ -141,6 +141,11 @@ def test_sealing_wrong_fields_leaves_the_old_manifest(folder: Path) -> None:
     assert (folder / "safeguard.json").read_bytes() == before
 
 
+def test_a_model_without_outputs_is_refused(folder: Path) -> None:
+    with pytest.raises(PackError, match=r"model.outputs: Tuple should have at least 1 item"):
+        seal(folder, FIELDS | {"model": {"file": "model.onnx", "inputs": ["x"], "outputs": []}})
+
+
 def test_sealing_a_file_that_is_not_there_is_refused(folder: Path) -> None:
     with pytest.raises(PackError, match=r"file other.onnx is missing"):
         seal(folder, FIELDS, files=["other.onnx"])

@@ -164,3 +164,11 @@ def test_unknown_preset_names_the_known_ones() -> None:
 def test_policy_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Policy().max_rounds = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "text", ["input: {llm: {threshold: yes}}", "max_rounds: off", "check_timeout_s: true"]
+)
+def test_switches_are_not_taken_for_numbers(text: str) -> None:
+    with pytest.raises(PolicyError, match="must not be true or false"):
+        Policy.from_text(text, "yaml")

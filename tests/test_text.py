@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -453,3 +455,16 @@ def test_windows_that_cannot_be_are_refused(length: int, size: int, overlap: int
 def test_a_view_is_frozen() -> None:
     with pytest.raises(AttributeError):
         View("raw", "a", [0], [1]).text = "b"  # type: ignore[misc]
+
+
+def test_no_long_text_is_kept_between_calls() -> None:
+    pieces = ["\U0001f600\u200d" * 20_000 + "\U0001f600", "\U0001f1e6" * 50_000]
+    normalise("\U0001f600\U0001f1e6\U0001f1ea")  # what is loaded once
+    tracemalloc.start()
+    for i in range(8):
+        for piece in pieces:
+            normalise(piece + chr(0x1F1E6 + i))
+    gc.collect()
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 300_000  # one of the texts has 160,000 bytes or more

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from safeguard.adapters.messages import judged_turns, text_of
@@ -34,7 +34,7 @@ class Part:
     name: str
     start: int
     end: int
-    text: Any
+    text: Any = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,8 +73,8 @@ class TextArgument:
     """One argument and the texts in it, in order. per_ask: one text per prompt, otherwise all go to all."""
 
     name: str
-    value: Any
-    leaves: tuple[Any, ...]
+    value: Any = dataclasses.field(repr=False)
+    leaves: tuple[Any, ...] = dataclasses.field(repr=False)
     per_ask: bool
 
     @property

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
 from safeguard import flow
@@ -15,6 +17,8 @@ from safeguard.judging import Budget, Piece, image_piece, text_piece
 from safeguard.policy import Policy
 from safeguard.streams import GuardedStream
 from safeguard.types import Action, Modality, Span, Task
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -85,8 +89,9 @@ def _dressed(method: Any, func: Any, guard: Guard) -> Any:
     if inspect.isasyncgenfunction(method):
 
         async def guarded(*args: Any, **kwargs: Any) -> Any:
-            async for text in method(args, kwargs):
-                yield text
+            async with aclosing(method(args, kwargs)) as texts:  # left early, the source is closed with it
+                async for text in texts:
+                    yield text
     elif inspect.isgeneratorfunction(method):
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -117,6 +122,9 @@ def _prompt_names(
     func: Any, signature: inspect.Signature, wanted: str | Sequence[str] | None
 ) -> tuple[str, ...]:
     plain = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for p in signature.parameters.values():
+        if p.kind is p.VAR_POSITIONAL and _says_prompt(p.name):
+            raise TypeError(f"{_name(func)} takes its prompts as *{p.name}; give it one argument with a list")
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     if wanted is not None:
         names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
@@ -136,7 +144,11 @@ def _prompt_names(
                 f"one of {', '.join(rest) or 'none'}"
             )
         names = (found,)
-    return (*names, *(n for n in plain if "prompt" in n and n not in names))
+    return (*names, *(n for n in plain if _says_prompt(n) and n not in names))
+
+
+def _says_prompt(name: str) -> bool:
+    return "prompt" in name.lower()
 
 
 def _task_of(signature: inspect.Signature) -> Task:
@@ -197,7 +209,7 @@ class _Call:
             return
         yield from GuardedStream(self.guard, route, job.asks[0], item).run(job.call(item.texts))
 
-    async def async_stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AsyncIterator[Any]:
+    async def async_stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AsyncGenerator[Any, None]:
         job = _FunctionJob(self, args, kwargs, streamed=True)
         route = self.guard.route(self.task, "text")
         (item,) = await adrive(flow.judge_asks(route, job.asks, Budget(route.policy)))
@@ -205,8 +217,10 @@ class _Call:
             report = flow.make_report(route, job.asks[0], item.texts, item.verdicts, item.asked)
             yield self.guard.settle([report], route.policy.placeholder_text)
             return
-        async for text in GuardedStream(self.guard, route, job.asks[0], item).arun(job.call(item.texts)):
-            yield text
+        stream = GuardedStream(self.guard, route, job.asks[0], item).arun(job.call(item.texts))
+        async with aclosing(stream) as texts:
+            async for text in texts:
+                yield text
 
 
 class _FunctionJob:
@@ -255,11 +269,17 @@ class _FunctionJob:
         """Prompt arguments of this call by name, defaults and `**kwargs` included."""
         self._bound.apply_defaults()
         loose: Mapping[str, Any] = {}
+        named = dict(self._bound.arguments)
+        prompts = False
         for p in self._call.signature.parameters.values():
             if p.kind is p.VAR_KEYWORD:
-                loose = self._bound.arguments.get(p.name, {})
-        found = {n: {**loose, **self._bound.arguments}.get(n) for n in self._call.names}
-        found.update({n: v for n, v in loose.items() if "prompt" in n})
+                loose = named.pop(p.name, {})
+                prompts = _says_prompt(p.name)
+        twice = loose.keys() & named.keys()  # possible where an argument is positional only
+        if twice:
+            raise TypeError(f"{_name(self._call.func)} got {', '.join(sorted(twice))} twice")
+        found = {n: {**loose, **named}.get(n) for n in self._call.names}
+        found.update({n: v for n, v in loose.items() if _says_prompt(n) or (prompts and isinstance(v, str))})
         return {n: v for n, v in found.items() if v is not None}
 
     def _ask(self, row: int) -> flow.Ask:
@@ -345,11 +365,17 @@ class _FunctionJob:
         return [_put(name, value[i], t) for i, t in zip(chosen, texts, strict=True)]
 
     def pieces(self, outputs: Sequence[Any], policy: Policy) -> list[Piece]:
+        return [self._piece(output, policy) for output in outputs]
+
+    def _piece(self, output: Any, policy: Policy) -> Piece:
+        """One result as the checks see it; one that cannot be read does not harm its neighbours."""
         read = self._call.output
-        values = [read(o) if read is not None else o for o in outputs]
-        if self.modality == "text":
-            return [text_piece("output", value, policy) for value in values]
-        return [image_piece(value) for value in values]
+        try:
+            value = output if read is None else read(output)
+        except Exception as exc:
+            log.error("output cannot be read: error=%s", type(exc).__name__)
+            return Piece("output", (), 0, f"output cannot be read ({type(exc).__name__})")
+        return text_piece("output", value, policy) if self.modality == "text" else image_piece(value)
 
     def placeholder(self, output: Any) -> Any:
         policy = self._call.guard.policy

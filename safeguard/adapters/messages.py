@@ -26,20 +26,19 @@ def judged_turns(messages: Sequence[Any], history: Literal["new", "all"]) -> Ite
 
     Those after the last answer, or all but the application's.
 
-    A conversation that ends in an answer has its beginning put into the model's mouth: that is judged as
-    well.
+    A conversation that ends in an answer has words put into the model's mouth: those are judged as well.
 
     Content in parts (`[{"type": "text", "text": ...}]`) is joined; a part that is not text is handed on as it
     is, which the flow refuses as unseen.
     """
     roles = [str(turn["role"]).strip().lower() for turn in messages]
-    answered = [
-        i for i, role in enumerate(roles[:-1]) if role in ANSWERS
-    ]  # a last one is a prefill, not an answer
+    answered = [i for i, role in enumerate(roles[:-1]) if role in ANSWERS]  # a last one is a prefill
     start = answered[-1] + 1 if answered and history == "new" else 0
     for i in range(start, len(messages)):
-        if roles[i] not in INSTRUCTIONS:
-            yield i, text_of(messages[i]["content"])
+        content = messages[i]["content"]
+        if roles[i] in INSTRUCTIONS or (roles[i] in ANSWERS and content is None):  # None: a call of a tool
+            continue
+        yield i, text_of(content)
 
 
 def text_of(content: Any) -> Any:

@@ -110,8 +110,13 @@ class LmJob:
         negative = self._named.get("negative_prompt_ids")
         if isinstance(negative, torch.Tensor) and negative.dim() == 2 and len(negative):
             said = self.text.plain(self.text.decode(negative[min(row, len(negative) - 1)].tolist()))
-            texts["negative_prompt"] = said
+            texts[self._negative_name()] = said
         return flow.Ask({n: t for n, t in texts.items() if t != ""}, unseen, self.outputs)
+
+    def _negative_name(self) -> str:
+        """Below a guidance scale of 1 a negative prompt draws the model: then it is judged like any other."""
+        scale = self._value("guidance_scale")
+        return "guiding_prompt" if scale is not None and not scale >= 1 else flow.NEGATIVE
 
     def _read(self, row: int) -> list[int]:
         """Tokens of one prompt. Left out are masked control tokens and masked ends of one repeated token.

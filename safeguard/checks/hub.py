@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from safeguard.checks.readout import Activation, Readout
 from safeguard.checks.text_classifier import TextClassifier
 from safeguard.errors import MissingExtra, PackError
 from safeguard.manifest import Window
-from safeguard.packs import canonical_digest, file_digest
+from safeguard.packs import canonical_digest, file_digest, is_offline
 
 IGNORED_LABELS = frozenset(
     {
@@ -62,7 +61,7 @@ def load(
     from safeguard.backends.torch import ModuleBackend, torch_device
 
     torch_device(device)  # before anything is downloaded
-    options = {"revision": revision, "local_files_only": _is_offline(), "trust_remote_code": False}
+    options = {"revision": revision, "local_files_only": is_offline(), "trust_remote_code": False}
     try:
         loaded = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(model, **options)
@@ -119,7 +118,3 @@ def _digest(model: str | Path, config: Any) -> str:
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     weights = [file_digest(file) for file in files]
     return canonical_digest([weights or str(model), getattr(config, "_commit_hash", None), config.to_dict()])
-
-
-def _is_offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}

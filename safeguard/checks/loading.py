@@ -20,7 +20,8 @@ def load_check(spec: str, *, device: str = "cpu") -> Check[Any]:
 
     spec: "kind:argument" for a kind in the entry-point group `safeguard.checks`, whose factory gets the
     argument (none after a bare "kind:") and, if it takes one, the device; else name or folder of a pack.
-    Raises UnknownName for a kind that nobody registered, PackNotFound and PackError for packs.
+    Raises UnknownName for a kind that nobody registered, ValueError for one given no argument that needs it
+    (or the reverse), PackNotFound and PackError for packs.
     """
     kind, colon, argument = spec.partition(":")
     if colon:
@@ -34,8 +35,16 @@ def load_check(spec: str, *, device: str = "cpu") -> Check[Any]:
 
 def _made(kind: str, argument: str, device: str) -> Check[Any]:
     factory = registry.load("checks", kind)
-    options = {"device": device} if "device" in inspect.signature(factory).parameters else {}
-    check = factory(argument, **options) if argument else factory(**options)
+    signature = inspect.signature(factory)
+    given = (argument,) if argument else ()
+    options = {"device": device} if "device" in signature.parameters else {}
+    try:
+        signature.bind(*given, **options)
+    except TypeError as exc:
+        raise ValueError(
+            f"check '{kind}:{argument}' must be kind:argument as its factory wants: {exc}"
+        ) from exc
+    check = factory(*given, **options)
     if not callable(check) or not hasattr(check, "name") or not hasattr(check, "modality"):
         raise TypeError(
             f"{kind!r} in safeguard.checks must give a check (name, modality, callable), "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from typing import Annotated
 
 import typer
 
 from safeguard.cli import calibrate, check, demo, doctor, evaluate, policy, train
-from safeguard.cli.running import Commands
+from safeguard.cli.running import ERROR, Commands
 
 app = typer.Typer(
     name="safeguard",
@@ -48,4 +50,8 @@ app.add_typer(evaluate.app, name="evaluate")
 
 def main() -> None:
     """Entry point of the `safeguard` script."""
-    app(prog_name="safeguard")
+    try:
+        app(prog_name="safeguard")
+    except Exception:  # Python itself would exit with 1, which says "flagged"
+        traceback.print_exc()
+        sys.exit(ERROR)

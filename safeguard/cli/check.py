@@ -100,7 +100,8 @@ def check(
     if no_refine:
         chosen = without_refiner(chosen)
     at = stage.value if stage is not None else "input" if source.kind == "text" else "output"
-    judge = Judge(chosen, kind=source.kind, stage=at, task=task.value, device=device)  # type: ignore[arg-type]
+    folder = policy.parent if policy is not None else None
+    judge = Judge(chosen, kind=source.kind, stage=at, task=task.value, device=device, folder=folder)  # type: ignore[arg-type]
     tally = Tally()
     with _opened(source, output) as file:
         sinks = _sinks(file, source, json=json, show_text=show_text)

@@ -39,7 +39,7 @@ def demo(
         output,
         model=model,
         pipeline=pipeline,
-        guard=Guard(policy=chosen, device=device),
+        guard=Guard(policy=chosen, device=device, folder=policy.parent if policy is not None else None),
         texts=texts,
         images=images,
         device=device,

@@ -30,19 +30,33 @@ def without_refiner(policy: Policy) -> Policy:
 class Judge:
     """Judges entries of one kind at one stage. Loads its models when made.
 
-    most, most_chars: how much it takes at once. Raises ValueError for a policy that judges nothing there.
+    folder: where files that the policy names are looked for. most, most_chars: how much it takes at once.
+    Raises ValueError for a policy that judges nothing there.
     """
 
-    def __init__(self, policy: Policy, *, kind: Modality, stage: Stage, task: Task, device: str) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        kind: Modality,
+        stage: Stage,
+        task: Task,
+        device: str,
+        folder: Path | None = None,
+    ) -> None:
         from safeguard.guards import Guard
 
         if kind == "image" and stage == "input":
             raise ValueError("pictures are judged at the stage output")
         surface = task if stage == "input" else kind
-        self._guard: Guard = Guard(policy=policy, device=device)
+        self._guard: Guard = Guard(policy=policy, device=device, folder=folder)
         self._kind, self._stage, self._task = kind, stage, task
-        route = self._guard.route(task if stage == "input" else "llm", kind)
-        if not (route.inputs if stage == "input" else route.outputs).checks:
+        judging = (
+            self._guard.route(task, kind).inputs
+            if stage == "input"
+            else self._guard.output_route(kind).outputs
+        )
+        if not judging.checks:
             raise ValueError(
                 f"policy {policy.name!r} has no checks at {stage}.{surface}: nothing would be judged"
             )

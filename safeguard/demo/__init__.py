@@ -59,6 +59,7 @@ def run(
     progress = RichConsole(stderr=True)
     _refuse_missing(model if texts else "", images=images)
     guard = guard or Guard.from_preset(preset, device=device)
+    _load_checks(guard, texts=texts, images=images)
     output.mkdir(parents=True, exist_ok=True)
     halves: list[_Half] = []
     if texts:
@@ -87,6 +88,14 @@ def _refuse_missing(model: str | None, *, images: bool) -> None:
         from safeguard import smollm2
 
         smollm2.find()
+
+
+def _load_checks(guard: Guard, *, texts: bool, images: bool) -> None:
+    """Load what the guard judges with, and keeps: a missing pack is told before a model is loaded."""
+    if texts:
+        guard.route("llm", "text")
+    if images:
+        guard.route("t2i", "image")
 
 
 def _run_texts(model: str | None, guard: Guard, device: str, max_new_tokens: int, progress: Console) -> _Half:

@@ -51,7 +51,7 @@ def reveal(text: str) -> Iterator[Edit]:
         elif kind == "emoji":
             alike = alike + 1 if (found, match.start()) == last else 1
             last = (found, match.end())
-            new = _emoji(found) if alike <= _MOST_ALIKE else ""
+            new = _emojis(found) if alike <= _MOST_ALIKE else ""
         elif kind == "tags":
             new = _hidden("".join(chr(ord(c) - 0xE0000) for c in found if c != "\U000e007f"))
         elif kind == "selectors":
@@ -111,10 +111,14 @@ def _bare(symbol: str) -> str:
     return bare or symbol.replace("\ufe0f", "")
 
 
+def _emojis(found: str) -> str:
+    if len(found) > 64:  # no emoji is this long: take it for single ones, and keep it out of the cache
+        return "".join(_emoji(c) for c in found)
+    return _emoji(found)
+
+
 @lru_cache(maxsize=4096)
 def _emoji(symbol: str) -> str:
-    if len(symbol) > 64:  # no emoji is this long: take it for single ones
-        return "".join(_emoji(c) for c in symbol)
     bare = _bare(symbol)
     if bare[0] in _look_alikes()[0]:
         return bare
@@ -127,7 +131,6 @@ def _emoji(symbol: str) -> str:
     return "".join(c for c in parts if not "\U000e0020" <= c <= "\U000e007f")
 
 
-@lru_cache(maxsize=1024)
 def _flags(letters: str) -> str:
     """Names of flags, or the letters where they do not all make flags."""
     known = _emoji_words()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Edit = tuple[int, int, str]
 """Characters start to end (exclusive) of a reading, and what stands there instead; may be empty."""
@@ -18,9 +18,9 @@ class View:
     """
 
     name: str
-    text: str
-    starts: Sequence[int]
-    ends: Sequence[int]
+    text: str = field(repr=False)
+    starts: Sequence[int] = field(repr=False)
+    ends: Sequence[int] = field(repr=False)
 
     def span(self, start: int, end: int) -> tuple[int, int]:
         """Offsets in the original of characters start to end (exclusive) of this reading.

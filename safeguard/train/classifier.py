@@ -85,6 +85,8 @@ class ClassifierConfig(Recipe):
     precision: Literal["no", "bf16"] = "bf16"
     checkpoint_every: PositiveInt = 250
     validate_every: PositiveInt = 500
+    freeze_embeddings_after: PositiveInt | None = None
+    """Step from which word embeddings stay on the int8 grid of a pack, so that storing loses nothing."""
     init: str | None = None
     """Weights (model.safetensors of an earlier run) to start from in place of the bare trunk."""
 
@@ -139,6 +141,11 @@ def pair_loss(logits: Tensor, pairs: Tensor) -> Tensor:
         return logits.new_zeros(())
     unsafe, safe, label = pairs.T
     return nn.functional.softplus(logits[safe, label] - logits[unsafe, label]).mean()
+
+
+def row_scales(weight: Tensor) -> Tensor:
+    """Scale of each row (row, 1) by which its int8 form is multiplied: its largest entry becomes 127."""
+    return weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
 
 
 def rate(step: int, config: ClassifierConfig) -> float:
@@ -263,6 +270,7 @@ class _Run:
         self.config, self.out = config, out
         self.step = 0
         self.place: tuple[int, int, int] = (0, 0, 0)
+        self.frozen = False
         self.history: list[dict[str, Any]] = []
         plain = accelerator.unwrap_model(model)
         self.average = {name: value.detach().clone() for name, value in plain.state_dict().items()}
@@ -284,6 +292,9 @@ class _Run:
                 break
             if i % processes != process:
                 continue
+            freeze_after = self.config.freeze_embeddings_after
+            if not self.frozen and freeze_after is not None and self.step >= freeze_after:
+                self.freeze_embeddings()
             losses.append(self.train_step(batch))
             self.step, self.place = self.step + 1, place
             bar.update()
@@ -331,6 +342,17 @@ class _Run:
         for name, value in self.accelerator.unwrap_model(self.model).state_dict().items():
             if value.is_floating_point():
                 self.average[name].lerp_(value, 1 - decay)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
+    def freeze_embeddings(self) -> None:
+        """Puts the averaged word embeddings on the int8 grid, one scale per word, and trains them no more."""
+        name = "trunk.embeddings.word_embeddings.weight"
+        scales = row_scales(self.average[name])
+        self.average[name] = torch.round(self.average[name] / scales) * scales
+        parameter = self.accelerator.unwrap_model(self.model).get_parameter(name)
+        parameter.copy_(self.average[name])
+        parameter.requires_grad_(False)
+        self.frozen = True
 
     def validate(self, rows: Sequence[Row], tokenizer: Tokenizer) -> dict[str, Any]:
         """AUROC of each judged label per source with both classes, of the averaged weights."""

@@ -5,6 +5,8 @@ Thresholds are chosen on validation rows and our own validation templates, never
 
 from __future__ import annotations
 
+import json
+import math
 import tempfile
 import tomllib
 from collections import Counter
@@ -18,8 +20,10 @@ import numpy as np
 from safeguard.calibrate import Calibration, calibrate_scores, write_calibration
 from safeguard.checks.text_classifier import TextClassifier
 from safeguard.errors import MissingExtra
+from safeguard.evaluate.card_text import card
 from safeguard.evaluate.classifier import score_texts
 from safeguard.packs import read_pack as open_pack
+from safeguard.packs import seal
 from safeguard.train.classifier import ClassifierConfig, build_model
 from safeguard.train.text_data import JUDGED, Row, digests, hard_rows, read_pack, unique
 from safeguard.train.text_pack import export_float, open_session, write_text_pack
@@ -43,7 +47,12 @@ RATES: Mapping[str, Mapping[str, float]] = {
 
 NOISY = frozenset({"posi_sft", "adversarial_nibbler"})
 """Sources labelled by what image models drew, not by what the words say: not used to choose thresholds."""
-FLOORS: Mapping[str, float] = {"lenient": 0.5, "standard": 0.3, "strict": 0.15}
+FLOORS: Mapping[str, Mapping[str, float]] = {
+    "toxicity": {"lenient": 0.5, "standard": 0.3, "strict": 0.15},
+    "t2i_prompt": {"lenient": 0.5, "standard": 0.3, "strict": 0.15},
+    "llm_request": {"lenient": 0.5, "standard": 0.3, "strict": 0.15},
+    "jailbreak": {"lenient": 0.4, "standard": 0.2, "strict": 0.1},
+}
 """Lowest thresholds: where validation is too easy to say, new texts are harder than it."""
 
 
@@ -63,7 +72,9 @@ def calibrations(check: TextClassifier, rows: Sequence[Row]) -> list[Calibration
         known = [i for i, row in enumerate(rows) if label in row.targets]
         truth = [int(rows[i].targets[label] > 0.45) for i in known]
         column = check.labels.index(label)
-        found.append(calibrate_scores(label, scores[known, column], truth, rates=RATES[label], floors=FLOORS))
+        found.append(
+            calibrate_scores(label, scores[known, column], truth, rates=RATES[label], floors=FLOORS[label])
+        )
     return found
 
 
@@ -98,6 +109,26 @@ def build_text_guard(
     write_text_pack(run, out, fields, config, keep=keep)
     found = calibrations(TextClassifier.load(out), validation_rows(data))
     return write_calibration(out, found), found
+
+
+def write_card(out: Path, metrics: Mapping[str, Any]) -> Manifest:
+    """Writes `metrics.json` and the card `README.md` into a pack and lists them in its manifest.
+
+    metrics: of `card_metrics`, with "flips", "speed" and "training" where they were measured.
+    """
+    manifest, figures = open_pack(out).manifest, _without_nan(metrics)
+    text = json.dumps(figures, indent=1, sort_keys=True, allow_nan=False)
+    (out / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    (out / "README.md").write_text(card(manifest, figures), encoding="utf-8")
+    return seal(out, manifest.model_dump(mode="json", exclude={"files"}))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def flips(

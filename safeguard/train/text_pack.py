@@ -17,7 +17,13 @@ import numpy as np
 
 from safeguard.errors import MissingExtra
 from safeguard.packs import seal
-from safeguard.train.classifier import ClassifierConfig, TextHeads, build_model, read_trunk_tokenizer
+from safeguard.train.classifier import (
+    ClassifierConfig,
+    TextHeads,
+    build_model,
+    read_trunk_tokenizer,
+    row_scales,
+)
 from safeguard.train.text_data import HEADS, LABELS
 
 try:
@@ -43,7 +49,7 @@ class RowScaledEmbedding(nn.Module):  # type: ignore[misc]  # torch is not follo
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
-        scales = table.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+        scales = row_scales(table)
         self.register_buffer("weight", torch.round(table / scales).to(torch.int8))
         self.register_buffer("scales", scales)
 
@@ -59,7 +65,7 @@ class RowScaledLinear(nn.Module):  # type: ignore[misc]  # torch is not followed
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()
-        scales = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+        scales = row_scales(weight)
         self.register_buffer("weight", torch.round(weight / scales).to(torch.int8))
         self.register_buffer("scales", scales)
         self.register_buffer("bias", linear.bias.detach().clone())

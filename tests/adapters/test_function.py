@@ -356,3 +356,79 @@ def test_decorator_with_a_policy_object() -> None:
 def test_preset_and_policy_together_are_refused() -> None:
     with pytest.raises(ValueError, match="give preset or policy, not both"):
         safeguard.guard(preset="strict", policy=Policy())
+
+
+def test_prompt_arguments_are_found_whatever_their_case() -> None:
+    @GUARD
+    def answer(prompt: str, systemPrompt: str = "") -> str:
+        return systemPrompt
+
+    with pytest.raises(Blocked):
+        answer("hello", "a knife")
+
+
+def test_prompts_as_open_arguments_are_refused_when_wrapped() -> None:
+    def answer(text: str, *prompts: str) -> str:
+        return text
+
+    with pytest.raises(TypeError, match=r"takes its prompts as \*prompts; give it one argument with a list"):
+        GUARD(answer)
+
+
+def test_texts_in_open_keywords_that_say_prompt_are_judged() -> None:
+    @GUARD
+    def answer(prompt: str, **more_prompts: Any) -> str:
+        return str(more_prompts)
+
+    assert answer("hello", second="a spoon", times=2) == "{'second': 'a spoon', 'times': 2}"
+    with pytest.raises(Blocked):
+        answer("hello", second="a knife")
+
+
+def test_one_name_for_two_arguments_is_refused() -> None:
+    @GUARD
+    def answer(prompt: Any, /, **more: str) -> str:
+        return str(prompt)
+
+    assert answer("hello", more="x") == "hello"
+    with pytest.raises(TypeError, match="got prompt twice"):
+        answer([{"role": "user", "content": "a knife"}], prompt="hello")
+
+
+def test_result_that_cannot_be_read_does_not_harm_its_neighbour() -> None:
+    def answer(prompts: list[str]) -> list[Any]:
+        return [{"text": "fine"}, None]
+
+    guard = Guard(outputs=[WordCheck("blood")], policy=Policy(on_block="replace"))
+    assert guard(answer, output=lambda r: r["text"])(["a", "b"]) == [{"text": "fine"}, ""]
+
+
+def test_async_generator_left_early_closes_its_source_and_is_reported_at_once() -> None:
+    closed = []
+
+    @Guard(outputs=[WordCheck("blood")], policy=Policy.from_data({"stream": {"mode": "shadow"}}))
+    async def answer(prompt: str) -> AsyncIterator[str]:
+        try:
+            while True:
+                yield "word "
+        finally:
+            closed.append(prompt)
+
+    async def run() -> tuple[list[str], int]:
+        with safeguard.capture() as reports:
+            stream: Any = answer("hello")
+            await anext(stream)
+            await stream.aclose()
+        return list(closed), len(reports)
+
+    assert asyncio.run(run()) == (["hello"], 1)
+
+
+def test_answer_that_is_only_a_call_of_a_tool_says_nothing_to_judge() -> None:
+    messages: list[Any] = [
+        *chat(("user", "a loaf")),
+        {"role": "assistant", "content": None},
+        *chat(("user", "thanks")),
+    ]
+    guard = Guard(inputs=[WordCheck("knife")], policy=Policy(history="all"))
+    assert guard(last)(messages) == "thanks"

@@ -156,3 +156,11 @@ def test_neither_prompt_nor_answer_is_in_the_exception() -> None:
         generate(guarded(), {"canary": "canary blood"}, **asked(TOK, "canary?"))
     assert "canary" not in str(caught.value)
     assert "canary" not in repr(caught.value.reports)
+
+
+@pytest.mark.parametrize("scale", [0.0, -2.0, 0.5])
+def test_negative_prompt_that_draws_the_model_is_judged_where_others_are_only_reported(scale: float) -> None:
+    model, negative = guarded(negative_prompt="report"), asked(TOK, "a knife?")["input_ids"]
+    with pytest.raises(Blocked):
+        generate(model, **asked(TOK, "hello?"), negative_prompt_ids=negative, guidance_scale=scale)
+    generate(model, **asked(TOK, "hello?"), negative_prompt_ids=negative, guidance_scale=1.5)

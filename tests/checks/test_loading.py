@@ -79,6 +79,11 @@ def test_a_factory_that_gives_no_check_is_refused(tell: Callable[[str], str]) ->
     assert tell("load_check('test-wrong:x')") == wanted
 
 
+def test_a_kind_without_the_argument_it_needs_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"check 'blocklist:' must be kind:argument .* argument: 'path'"):
+        load_check("blocklist:")
+
+
 def test_a_kind_that_nobody_registered_is_named_with_those_there_are() -> None:
     with pytest.raises(UnknownName, match=r"no check named 'bloklist'; known: .*blocklist"):
         load_check("bloklist:words.txt", device="cpu")

@@ -90,6 +90,16 @@ def test_a_terminal_gets_a_progress_bar_and_the_output_stays_clean(policy: Path,
     assert printed == b""
 
 
+def test_an_error_let_through_by_debug_exits_with_2_and_never_as_flagged() -> None:
+    with process("--debug", "check", "x", "--policy", "nix.yaml") as running:
+        assert running.stderr is not None
+        errors = running.stderr.read().decode()
+
+    assert running.returncode == 2
+    assert "Traceback" in errors
+    assert "FileNotFoundError" in errors
+
+
 def test_help_imports_no_model_library() -> None:
     code = (
         "import sys\nsys.argv = ['safeguard', '--help']\n"

@@ -18,6 +18,7 @@ from safeguard.policy import InputRules, Rules
 from safeguard.testing import SwapRefiner, WordCheck
 from safeguard.types import Action
 from tests.adapters.tiny_lm import tiny_llama, tiny_tokenizer
+from tests.conftest import Converted
 
 
 def word_guard() -> Guard:
@@ -109,6 +110,15 @@ def test_a_missing_language_model_is_told_with_the_command_before_anything_is_lo
     assert not (tmp_path / "out").exists()
 
 
+def test_a_missing_check_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    policy = Policy.from_data({"input": {"llm": {"checks": ["no-such-pack"]}}})
+
+    with pytest.raises(PackNotFound, match="no model pack named 'no-such-pack'"):
+        demo.run(tmp_path / "out", model="no/such-model", guard=Guard(policy=policy), images=False)
+
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_prompts_are_about_as_many_harmless_as_harmful() -> None:
     texts = demo.prompts("texts")
 
@@ -135,9 +145,13 @@ def _missing() -> str | None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_whole_demo_runs_on_the_real_models(tmp_path: Path) -> None:
+def test_the_whole_demo_runs_on_the_real_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     if reason := _missing():
         pytest.skip(reason)
+    converted: Converted = request.getfixturevalue("converted")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(converted.cache.parent))
 
     data = demo.run(tmp_path, max_new_tokens=12, console=Console(width=110, quiet=True))
 

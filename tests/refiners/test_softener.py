@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from importlib import resources
 
 import pytest
@@ -145,19 +144,17 @@ def test_threads_get_the_same_answers() -> None:
     assert found == ["a man with a brush"] * 8
 
 
+@pytest.mark.timeout(60)  # about 0.4 s; a quadratic pass takes minutes
 def test_a_text_of_many_matches_is_done_in_linear_time() -> None:
-    started = time.perf_counter()
     text = soften("a hall, gore and blood, " * 10_000)
     assert text.startswith("a hall, red paint, a hall")
-    assert time.perf_counter() - started < 5.0  # about 0.4 s; a quadratic pass takes minutes
 
 
+@pytest.mark.timeout(60)  # as above
 def test_many_spans_and_cuts_in_a_row_are_done_in_linear_time() -> None:
     prompt = "a hall " + "gore foo " * 10_000
     spans = [Span(i, i + 3, "x") for i in range(12, len(prompt), 9)]  # each "foo"
-    started = time.perf_counter()
     assert soften(prompt, *spans) == "a hall"
-    assert time.perf_counter() - started < 5.0
 
 
 def test_an_entry_with_too_many_forms_is_refused() -> None:

@@ -18,6 +18,7 @@ from safeguard.train.classifier import (
     predict,
     rate,
     read_trunk_tokenizer,
+    row_scales,
     source_aurocs,
     train_classifier,
 )
@@ -143,6 +144,23 @@ def test_training_learns_the_tiny_task(trunk: Path, data: Path, tmp_path: Path) 
     )
     result = train_classifier(config, data, tmp_path, progress=False)
     assert result.metrics["history"][-1]["toxicity"] > 0.95
+
+
+def test_frozen_embeddings_end_on_the_int8_grid(trunk: Path, data: Path, tmp_path: Path) -> None:
+    train_classifier(tiny(trunk, freeze_embeddings_after=4), data, tmp_path, progress=False)
+    table = load_file(tmp_path / "model.safetensors")["trunk.embeddings.word_embeddings.weight"]
+    steps = table / row_scales(table)
+    assert float((steps - steps.round()).abs().max()) < 1e-3
+
+
+def test_frozen_run_resumes_like_an_unbroken_one(trunk: Path, data: Path, tmp_path: Path) -> None:
+    settings = {"freeze_embeddings_after": 3, "decay_fraction": 0.25}
+    train_classifier(tiny(trunk, **settings), data, tmp_path / "whole", progress=False)
+    broken = tiny(trunk, **{**settings, "steps": 5, "decay_fraction": 0.2})
+    train_classifier(broken, data, tmp_path / "broken", progress=False)
+    train_classifier(tiny(trunk, **settings), data, tmp_path / "broken", progress=False)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
 
 
 def test_a_model_is_built_from_what_was_written(trunk: Path, data: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 import torch
 
 from safeguard.checks.text_classifier import TextClassifier
+from safeguard.evaluate.card import card_metrics
 from safeguard.packs import resolve
 from safeguard.train.classifier import ClassifierConfig, TextHeads, load_model, train_classifier
 from safeguard.train.text_data import JUDGED, LABELS
-from safeguard.train.text_guard import build_text_guard, flips, sources
+from safeguard.train.text_guard import build_text_guard, flips, sources, write_card
 from safeguard.train.text_pack import (
     RowScaledEmbedding,
     RowScaledLinear,
@@ -146,3 +148,12 @@ def test_flips_are_shares(pack: Path, run: Path, config: ClassifierConfig) -> No
     found = flips(run, pack, config, ["a kind cat", "you are rude"])
     assert found.keys() == set(JUDGED)
     assert all(0 <= share <= 1 for share in found.values())
+
+
+def test_card_and_metrics_become_part_of_the_pack(pack: Path, data: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(pack, tmp_path / "pack"))
+    metrics = card_metrics(TextClassifier.load(copy), data, evasion_texts=2)
+    write_card(copy, metrics)
+    found = resolve(copy)
+    assert {"README.md", "metrics.json", "model.onnx", "tokenizer.json"} == found.manifest.files.keys()
+    assert found.path("README.md").read_text(encoding="utf-8").startswith("# tiny-guard 1.0.0")
