@@ -25,7 +25,7 @@ from safeguard.evaluate.classifier import (
 )
 from safeguard.evaluate.metrics import calibration_error, rate_at
 from safeguard.train.augment import DISGUISES, disguise
-from safeguard.train.text_data import JUDGED, Row, hard_rows, read_pack
+from safeguard.train.text_data import JUDGED, NOISY, Row, hard_rows, read_pack
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -117,6 +117,7 @@ def _hard(check: LabelledCheck, thresholds: Mapping[str, float]) -> dict[str, di
 
 
 def _calibration(check: LabelledCheck, rows: Sequence[Row]) -> dict[str, float]:
+    rows = [row for row in rows if row.source not in NOISY]
     twins = [row.twin for row in rows if row.twin is not None]
     scored = _Scored(check, [*rows, *twins])
     found = {}
