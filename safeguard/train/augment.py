@@ -233,12 +233,17 @@ DISGUISES: dict[str, Disguise] = {
 }
 
 _WEIGHTS: dict[str, float] = {
-    "leetspeak": 3,
-    "spacing": 3,
-    "swapped_letters": 2,
-    "dropped_letters": 2,
-    "repeats": 1.5,
+    "leetspeak": 2,
+    "spacing": 1.5,
+    "swapped_letters": 4,
+    "dropped_letters": 4,
+    "repeats": 2,
+    "emoji": 2,
+    "padded_start": 1.5,
+    "padded_end": 1.5,
+    "padded_around": 1.5,
 }
+"""How often each is drawn, 1 where absent: more of what normalisation cannot undo."""
 
 
 def disguise(text: str, seed: int, *, name: str | None = None, variety: Variety = "train") -> str:

@@ -24,6 +24,7 @@ from safeguard.errors import MissingExtra
 from safeguard.evaluate.metrics import auroc
 from safeguard.text import normalise as normalise_text
 from safeguard.train.batches import Batch, Batches, Example
+from safeguard.train.benign_prompts import code_rows, long_rows
 from safeguard.train.recipe import Recipe, versions
 from safeguard.train.text_data import JUDGED, LABELS, Row, digests, hard_rows, read_pack, unique
 from safeguard.train.toxicity_teacher import add_teacher
@@ -87,6 +88,8 @@ class ClassifierConfig(Recipe):
     validate_every: PositiveInt = 500
     freeze_embeddings_after: PositiveInt | None = None
     """Step from which word embeddings stay on the int8 grid of a pack, so that storing loses nothing."""
+    quantisation_aware: bool = False
+    """Whether training already rounds the inputs of linear layers to 8 bits, as the int8 pack will."""
     init: str | None = None
     """Weights (model.safetensors of an earlier run) to start from in place of the bare trunk."""
 
@@ -143,6 +146,28 @@ def pair_loss(logits: Tensor, pairs: Tensor) -> Tensor:
     return nn.functional.softplus(logits[safe, label] - logits[unsafe, label]).mean()
 
 
+def round_inputs(model: TextHeads) -> None:
+    """From now on, in training, inputs of encoder layers that a pack runs in int8 are rounded to 256 levels.
+
+    One range for a whole batch; the gradient passes as if nothing had been rounded.
+    Source: Jacob et al. 2018, Quantization and Training of Neural Networks.
+    """
+
+    def rounded(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not module.training:
+            return None
+        x = inputs[0]
+        with torch.no_grad():
+            low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+            step = ((high - low) / 255).clamp(min=1e-9)
+            error = torch.round(x / step) * step - x
+        return (x + error, *inputs[1:])
+
+    for module in model.trunk.encoder.modules():
+        if isinstance(module, nn.Linear) and module.in_features <= module.out_features:
+            module.register_forward_pre_hook(rounded)
+
+
 def row_scales(weight: Tensor) -> Tensor:
     """Scale of each row (row, 1) by which its int8 form is multiplied: its largest entry becomes 127."""
     return weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
@@ -176,6 +201,11 @@ def build_model(folder: Path, config: ClassifierConfig) -> TextHeads:
     model.load_state_dict(load_file(folder / "model.safetensors"))
     model.eval()
     return model
+
+
+def own_rows() -> list[Row]:
+    """The training rows that the package makes itself."""
+    return [*hard_rows(), *code_rows(), *long_rows()]
 
 
 def _folder(trunk: str) -> Path:
@@ -234,12 +264,14 @@ def train_classifier(
     torch.manual_seed(config.seed)
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    rows = unique(read_pack(data, "train") + (hard_rows() if config.hard_texts else []))
+    rows = unique(read_pack(data, "train") + (own_rows() if config.hard_texts else []))
     if teacher is not None:
         rows = add_teacher(rows, teacher, cache=out / "teacher.npz")
     make_plain = normalise or (lambda text: normalise_text(text).text)
     validation = [replace(row, text=make_plain(row.text)) for row in read_pack(data, "validation")]
     model, tokenizer = load_model(config)
+    if config.quantisation_aware:
+        round_inputs(model)
     batches = Batches(rows, tokenizer, config, normalise=make_plain)
     optimizer = _optimizer(model, config)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -49,6 +49,9 @@ LABELS: tuple[str, ...] = tuple(itertools.chain.from_iterable(HEADS.values()))
 JUDGED: tuple[str, ...] = ("toxicity", "t2i_prompt", "llm_request", "jailbreak")
 """The labels that policies judge, one per head: calibrated, with operating points."""
 
+NOISY = frozenset({"posi_sft", "adversarial_nibbler"})
+"""Sources labelled by what image models drew, not by what the words say: not used to calibrate."""
+
 Targets = Mapping[str, float]
 
 
@@ -112,8 +115,8 @@ def _from_toxicity(raw: dict[str, Any]) -> Row | None:
         )
     if source in ("dghs_v0.1", "hatemojibuild", "toxigen_annotated") and value and raw.get("category"):
         targets = {**targets, "toxic": 1.0}
-    if not value:  # chatter is no harmful request either, nor an attack
-        targets = {**targets, "jailbreak": 0.0} if len(raw["text"].split()) > 4 else targets
+    if not value and len(raw["text"].split()) > 4:  # chatter is no harmful request either, nor an attack
+        targets = {**targets, "jailbreak": 0.0, "llm_request": 0.0}
     return Row(raw["text"], source, raw["split"], targets, weight, str(raw.get("category") or ""))
 
 
@@ -245,6 +248,10 @@ def _from_lm_prompts(raw: dict[str, Any]) -> Row | None:
     return Row(wiki, "bold", raw["split"], targets, 0.5, str(raw["category"]))
 
 
+def _from_distilled(raw: dict[str, Any]) -> Row | None:
+    return Row(raw["text"], "unidetox", raw["split"], {**clean("llm"), **clean("jailbreak")}, 0.5)
+
+
 FILES: dict[str, Callable[[dict[str, Any]], Row | None]] = {
     "toxicity_text.jsonl.gz": _from_toxicity,
     "detox_pairs.jsonl.gz": _from_detox,
@@ -255,6 +262,7 @@ FILES: dict[str, Callable[[dict[str, Any]], Row | None]] = {
     "llm_prompts.jsonl.gz": _from_llm,
     "jailbreak_prompts.jsonl.gz": _from_jailbreak,
     "lm_prompts.jsonl.gz": _from_lm_prompts,
+    "lm_unidetox_distilled.jsonl.gz": _from_distilled,
 }
 
 

@@ -24,9 +24,11 @@ from safeguard.evaluate.card_text import card
 from safeguard.evaluate.classifier import score_texts
 from safeguard.packs import read_pack as open_pack
 from safeguard.packs import seal
-from safeguard.train.classifier import ClassifierConfig, build_model
-from safeguard.train.text_data import JUDGED, Row, digests, hard_rows, read_pack, unique
+from safeguard.train.benign_prompts import code_rows
+from safeguard.train.classifier import ClassifierConfig, build_model, own_rows
+from safeguard.train.text_data import JUDGED, NOISY, Row, digests, hard_rows, read_pack, unique
 from safeguard.train.text_pack import export_float, open_session, write_text_pack
+from safeguard.train.toxicity_teacher import add_teacher
 
 try:
     from tokenizers import Tokenizer
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from safeguard.manifest import Manifest
 
 RATES: Mapping[str, Mapping[str, float]] = {
-    "toxicity": {"lenient": 0.02, "standard": 0.05, "strict": 0.1},
+    "toxicity": {"lenient": 0.03, "standard": 0.08, "strict": 0.15},
     "t2i_prompt": {"lenient": 0.005, "standard": 0.01, "strict": 0.03},
     "llm_request": {"lenient": 0.005, "standard": 0.01, "strict": 0.03},
     "jailbreak": {"lenient": 0.005, "standard": 0.01, "strict": 0.03},
@@ -45,23 +47,29 @@ RATES: Mapping[str, Mapping[str, float]] = {
 """Judged label -> operating point -> wanted false positives; higher for toxicity, whose labels are noisy."""
 
 
-NOISY = frozenset({"posi_sft", "adversarial_nibbler"})
-"""Sources labelled by what image models drew, not by what the words say: not used to choose thresholds."""
 FLOORS: Mapping[str, Mapping[str, float]] = {
     "toxicity": {"lenient": 0.5, "standard": 0.3, "strict": 0.15},
     "t2i_prompt": {"lenient": 0.5, "standard": 0.3, "strict": 0.15},
-    "llm_request": {"lenient": 0.5, "standard": 0.3, "strict": 0.15},
-    "jailbreak": {"lenient": 0.4, "standard": 0.2, "strict": 0.1},
+    "llm_request": {"lenient": 0.7, "standard": 0.5, "strict": 0.25},
+    "jailbreak": {"lenient": 0.6, "standard": 0.4, "strict": 0.15},
 }
 """Lowest thresholds: where validation is too easy to say, new texts are harder than it."""
 
 
-def validation_rows(data: Path) -> list[Row]:
-    """The pack's validation rows with their harmless twins, and our own validation templates."""
+def validation_rows(data: Path, teacher: Path | None = None) -> list[Row]:
+    """The pack's validation rows with their harmless twins, our own validation templates, and code.
+
+    teacher: folder of the toxicity teacher; with it, rows of sources that label hatred of groups only say
+    nothing of toxicity where they are insults or threats to single people, as in training.
+    """
     rows = read_pack(data, "validation")
     rows = [row for row in rows if row.source not in NOISY]
+    if teacher is not None:
+        rows = add_teacher(rows, teacher)
     twins = [row.twin for row in rows if row.twin is not None]
-    return unique([*rows, *twins, *hard_rows("hard_text_validation.toml")])
+    return unique(
+        [*rows, *twins, *hard_rows("hard_text_validation.toml"), *code_rows("validation", count=400)]
+    )
 
 
 def calibrations(check: TextClassifier, rows: Sequence[Row]) -> list[Calibration]:
@@ -82,7 +90,7 @@ def sources(data: Path) -> list[dict[str, Any]]:
     """Every source of the training rows with its licence, address and number of rows."""
     text = (resources.files("safeguard.train") / "data" / "sources.toml").read_text(encoding="utf-8")
     known = tomllib.loads(text)["source"]
-    counts = Counter(row.source for row in unique(read_pack(data, "train") + hard_rows()))
+    counts = Counter(row.source for row in unique(read_pack(data, "train") + own_rows()))
     return [{"name": name, "rows": count, **known[name]} for name, count in counts.items()]
 
 
@@ -94,6 +102,7 @@ def build_text_guard(
     *,
     name: str = "text-guard-s",
     version: str = "1.0.0",
+    teacher: Path | None = None,
     keep: Sequence[str] = (),
 ) -> tuple[Manifest, list[Calibration]]:
     """Writes the pack of a run into `out` and calibrates it; other files already there are listed with it."""
@@ -107,7 +116,7 @@ def build_text_guard(
         + ", ".join(f"{file} {digest[:16]}" for file, digest in digests(data).items()),
     }
     write_text_pack(run, out, fields, config, keep=keep)
-    found = calibrations(TextClassifier.load(out), validation_rows(data))
+    found = calibrations(TextClassifier.load(out), validation_rows(data, teacher))
     return write_calibration(out, found), found
 
 
@@ -132,10 +141,11 @@ def _without_nan(value: Any) -> Any:
 
 
 def flips(
-    run: Path, pack: Path, config: ClassifierConfig, texts: Sequence[str], *, point: str = "standard"
+    run: Path, pack: Path, config: ClassifierConfig, rows: Sequence[Row], *, point: str = "standard"
 ) -> dict[str, float]:
-    """Judged label -> share of texts on which int8 and float32 disagree at an operating point."""
+    """Judged label -> share of the rows that know it on which int8 and float32 decide differently."""
     manifest = open_pack(pack).manifest
+    texts = [row.text for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "float.onnx"
         export_float(build_model(run, config), plain, narrow=False)
@@ -148,7 +158,9 @@ def flips(
         cut = np.log(threshold / (1 - threshold)) * manifest.temperatures.get(label, 1) - manifest.biases.get(
             label, 0
         )
-        result[label] = float(((wide[:, column] >= cut) != (narrow[:, column] >= cut)).mean())
+        known = [i for i, row in enumerate(rows) if label in row.targets]
+        changed = (wide[known, column] >= cut) != (narrow[known, column] >= cut)
+        result[label] = float(changed.mean()) if known else 0.0
     return result
 
 

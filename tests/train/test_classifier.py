@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from safeguard.train.classifier import (
     ClassifierConfig,
     build_model,
+    load_model,
     masked_loss,
     pair_loss,
     predict,
     rate,
     read_trunk_tokenizer,
+    round_inputs,
     row_scales,
     source_aurocs,
     train_classifier,
@@ -144,6 +146,19 @@ def test_training_learns_the_tiny_task(trunk: Path, data: Path, tmp_path: Path) 
     )
     result = train_classifier(config, data, tmp_path, progress=False)
     assert result.metrics["history"][-1]["toxicity"] > 0.95
+
+
+def test_inputs_are_rounded_in_training_only(trunk: Path) -> None:
+    model, _ = load_model(tiny(trunk))
+    layer = model.trunk.encoder.layer[0].intermediate.dense
+    layer.weight.data.fill_(0.0)
+    layer.weight.data[0, :2] = torch.tensor([1.0, 0.0])
+    layer.bias.data.zero_()
+    round_inputs(model)
+    x = torch.zeros(1, layer.in_features)
+    x[0, 0], x[0, 1] = 0.3, 255.0  # the range is 0 to 255, a level is 1, so 0.3 becomes 0
+    assert layer.train()(x)[0, 0].item() == 0.0
+    assert layer.eval()(x)[0, 0].item() == pytest.approx(0.3)
 
 
 def test_frozen_embeddings_end_on_the_int8_grid(trunk: Path, data: Path, tmp_path: Path) -> None:

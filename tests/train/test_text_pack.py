@@ -11,7 +11,7 @@ from safeguard.checks.text_classifier import TextClassifier
 from safeguard.evaluate.card import card_metrics
 from safeguard.packs import resolve
 from safeguard.train.classifier import ClassifierConfig, TextHeads, load_model, train_classifier
-from safeguard.train.text_data import JUDGED, LABELS
+from safeguard.train.text_data import JUDGED, LABELS, Row, clean
 from safeguard.train.text_guard import build_text_guard, flips, sources, write_card
 from safeguard.train.text_pack import (
     RowScaledEmbedding,
@@ -145,7 +145,11 @@ def test_pack_names_every_source_and_licence(pack: Path, data: Path) -> None:
 
 
 def test_flips_are_shares(pack: Path, run: Path, config: ClassifierConfig) -> None:
-    found = flips(run, pack, config, ["a kind cat", "you are rude"])
+    rows = [
+        Row("a kind cat", "s", "validation", clean("toxicity")),
+        Row("a dog", "s", "validation", clean("t2i")),
+    ]
+    found = flips(run, pack, config, rows)
     assert found.keys() == set(JUDGED)
     assert all(0 <= share <= 1 for share in found.values())
 

@@ -82,3 +82,14 @@ def test_a_cache_of_other_rows_is_refused(tmp_path: Path) -> None:
     add_teacher(rows, write_teacher(tmp_path), cache=tmp_path / "cache.npz")
     with pytest.raises(ValueError, match="holds 1 scores for 2 texts; delete it"):
         add_teacher(rows * 2, tmp_path, cache=tmp_path / "cache.npz")
+
+
+def test_insults_that_a_hate_source_calls_harmless_say_nothing_of_toxicity(tmp_path: Path) -> None:
+    # six of a hundred words are known: .06 * 10 = .6, over .5
+    abuse = Row(
+        "rude word " * 3, "dghs_v0.1", "train", {"toxicity": 0.0, "identity_hate": 0.0, "jailbreak": 0.0}
+    )
+    mild = Row("rude word", "dghs_v0.1", "train", {"toxicity": 0.0})
+    found = add_teacher([abuse, mild], write_teacher(tmp_path), cache=tmp_path / "cache.npz")
+    assert found[0].targets == {"identity_hate": 0.0, "jailbreak": 0.0}
+    assert found[1] == mild
