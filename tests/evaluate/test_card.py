@@ -45,7 +45,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[
 
 
 def test_card_is_strict_json(found: dict[str, object]) -> None:
-    json.dumps(found["sources"], allow_nan=False)
+    assert json.loads(json.dumps(found["sources"], allow_nan=False)) == found["sources"]
 
 
 def test_sources_carry_their_split(found: dict[str, list[dict[str, object]]]) -> None:
