@@ -319,9 +319,11 @@ def guard(
     """
     if preset is not None and policy is not None:
         raise ValueError("give preset or policy, not both")
+    folder: Path | None = None
     if isinstance(policy, str | Path):
-        policy = Policy.from_file(policy)
-    made = Guard(inputs, outputs, refiner, policy or Policy.preset(preset or "standard"), on_report, device)
+        folder, policy = Path(policy).parent, Policy.from_file(policy)
+    chosen = policy or Policy.preset(preset or "standard")
+    made = Guard(inputs, outputs, refiner, chosen, on_report, device, folder)
     if target is not None:
         return made(target, **how)
 

@@ -16,28 +16,12 @@ from safeguard import (
     CheckFailed,
     CheckTimeout,
     Guard,
-    Policy,
     RefineRequest,
     UnseenInput,
     capture,
 )
 from safeguard.testing import FailingCheck, HangingCheck, ScoreCheck, SwapRefiner, WordCheck
-
-
-def policy(**parts: Any) -> Policy:
-    return Policy.from_data(parts)
-
-
-def llm(action: str, **parts: Any) -> Policy:
-    return policy(input={"llm": {"action": action}}, **parts)
-
-
-def text(action: str, **parts: Any) -> Policy:
-    return policy(output={"text": {"action": action}}, **parts)
-
-
-def echo(prompt: str) -> str:
-    return prompt
+from tests.policies import echo, llm, policy, text
 
 
 class Script:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import safeguard
 from safeguard import (
     Action,
     Blocked,
@@ -28,22 +29,7 @@ from safeguard import (
 from safeguard.flow import Ask, Item, Outcome
 from safeguard.judging import text_piece
 from safeguard.testing import BrightCheck, FailingCheck, HangingCheck, ScoreCheck, SwapRefiner, WordCheck
-
-
-def policy(**parts: Any) -> Policy:
-    return Policy.from_data(parts)
-
-
-def llm(action: str, **parts: Any) -> Policy:
-    return policy(input={"llm": {"action": action}}, **parts)
-
-
-def text(action: str, **parts: Any) -> Policy:
-    return policy(output={"text": {"action": action}}, **parts)
-
-
-def echo(prompt: str) -> str:
-    return prompt
+from tests.policies import echo, llm, policy
 
 
 def shout(prompts: list[str]) -> list[str]:
@@ -323,3 +309,11 @@ def test_refiner_that_wants_an_argument_says_so() -> None:
     rules = {"refiner": "causal-lm", "input": {"llm": {"action": "refine"}}}
     with pytest.raises(ValueError, match="refiner 'causal-lm' must be name:argument"):
         Guard(inputs=[WordCheck("knife")], policy=policy(**rules)).check_input("a knife")
+
+
+def test_decorator_finds_what_its_policy_file_names_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "rude.txt").write_text("scoundrel\n", encoding="utf-8")
+    file = tmp_path / "policy.yaml"
+    file.write_text("input: {llm: {checks: ['blocklist:rude.txt']}}\n", encoding="utf-8")
+    with pytest.raises(Blocked):
+        safeguard.guard(echo, policy=file)("you scoundrel")
