@@ -12,6 +12,7 @@ import io
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ MAX_RATIO = 64
 MAX_CROPS = 512
 """Crops of one picture over all frames and backgrounds; one with more is refused: 300 MB at 224 x 224."""
 _TILE_RATIO = 2.0  # from here on a picture is cut into tiles: a centre crop would miss half of it
+_LEAST_TILE = 32  # pixels: in a smaller part there is nothing to make out
+_USUAL_GAMMA = 1 / 2.2
 _MAX_BYTES = 200_000_000
 _MAX_ANIMATION = 10 * MAX_PIXELS  # pixels of all frames: seconds of decoding
 _SLACK = 0.01  # how far float pixels may lie outside [0, 1] by rounding
@@ -45,32 +48,43 @@ _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.B
 class Prepared:
     """Model input for a batch of pictures: `array` (row, ...) as the preprocessing says, float32.
 
-    owners: for each row the index of its picture. coverage: for each picture how many frames were looked at.
+    array: of numpy, or a torch tensor where `prepare` kept it on a device. owners: for each row the index of
+    its picture. coverage: for each picture how many frames were looked at.
     """
 
-    array: NDArray[np.float32]
+    array: Any
     owners: NDArray[np.int64]
     coverage: tuple[Coverage, ...]
 
 
-def prepare(batch: Sequence[Any], spec: ImagePreprocess, *, max_frames: int = MAX_FRAMES) -> Prepared:
-    """All views of all pictures, preprocessed. Tensors on a device are resized there, without PIL.
+def prepare(
+    batch: Sequence[Any],
+    spec: ImagePreprocess,
+    *,
+    max_frames: int = MAX_FRAMES,
+    keep_on: str | None = None,
+) -> Prepared:
+    """All views of all pictures, preprocessed.
 
-    Raises ValueError for a picture that cannot be read and TypeError for what is no picture, naming the item.
+    Tensors on a device, of one or three channels, are resized there, without PIL, those of one shape
+    together; those of four go to the host, where transparency is looked at, as does every other picture.
+    keep_on: the device, such as "cuda:0", on which a model takes tensors: if a picture of the batch was
+    prepared on a device, all rows are one tensor there ("cpu" does so with tensors on the host). Without it
+    they are an array. Raises ValueError for a picture that cannot be read and TypeError for what is no
+    picture, naming the item.
     """
-    arrays: list[NDArray[np.float32]] = []
+    on_device = _device_rows(batch, spec, keep_on)
+    found: list[Any] = []
     coverage: list[Coverage] = []
     for i, item in enumerate(batch):
-        try:
-            rows, total, checked = _rows(item, spec, max_frames)
-        except (ValueError, TypeError) as exc:
-            raise type(exc)(f"item {i} of the batch: {exc}") from exc
-        arrays.append(rows)
+        rows, total, checked = on_device.get(i), 1, 1
+        if rows is None:
+            with _named(i):
+                rows, total, checked = _rows(item, spec, max_frames)
+        found.append(rows)
         coverage.append(Coverage("frames", total, checked, len(rows)))
-    owners = np.repeat(np.arange(len(arrays)), [len(rows) for rows in arrays])
-    shape = (0, spec.size, spec.size, 3) if spec.layout == "NHWC" else (0, 3, spec.size, spec.size)
-    array = np.concatenate(arrays) if arrays else np.empty(shape, np.float32)
-    return Prepared(array, owners, tuple(coverage))
+    owners = np.repeat(np.arange(len(found)), [len(rows) for rows in found])
+    return Prepared(_joined(found, spec, keep_on if on_device else None), owners, tuple(coverage))
 
 
 def preprocess(images: Sequence[NDArray[np.uint8]], spec: ImagePreprocess) -> NDArray[np.float32]:
@@ -90,6 +104,50 @@ def views(image: Any, *, max_frames: int = MAX_FRAMES) -> list[NDArray[np.uint8]
     return [view for frame in _frames(image, max_frames)[0] for view in _backgrounds(frame)]
 
 
+def closer_looks(image: Any, *, tiles: int = 1, turns: int = 1, max_frames: int = MAX_FRAMES) -> list[Any]:
+    """The picture, and pictures of its parts and of it turned, for checks to look at as well.
+
+    tiles: n gives the n x n parts of a grid and the (n - 1) x (n - 1) between them, so that a small picture
+    set among others fills one of them: 5 for 2, 13 for 3, 25 for 4, of each frame. Parts under 32 pixels are
+    left out. turns: 4 gives the picture turned by 90, 180 and 270 degrees too. A check's work grows with the
+    number. Raises ValueError for a picture that cannot be read or of which there would be more than
+    MAX_CROPS, TypeError for what is no picture.
+    """
+    if tiles < 1 or turns not in (1, 4):
+        raise ValueError(f"tiles must be at least 1 and turns 1 or 4, got {tiles} and {turns}")
+    if is_tensor(image) and image.device.type != "cpu" and image.ndim == 3:
+        frames: Sequence[Any] = [image]
+        height, width, rows = image.shape[1], image.shape[2], 1
+    else:
+        frames = _frames(image, max_frames)[0]
+        height, width, rows = *frames[0].shape[:2], 0
+    cells = grid_tiles(height, width, tiles)
+    if len(frames) * (len(cells) + turns) > MAX_CROPS:
+        raise ValueError(
+            f"the picture needs more than {MAX_CROPS} looks for its {len(frames)} frames; look at fewer"
+        )
+    found = [image]
+    for frame in frames:
+        found += [frame[(slice(None),) * rows + cell] for cell in cells]
+        found += [_turned(frame, k, rows) for k in range(1, turns)]
+    return found
+
+
+def grid_tiles(height: int, width: int, count: int) -> list[tuple[slice, slice]]:
+    """The parts of a grid of count x count, and those between them; none for a picture that is too small."""
+    high, wide = math.ceil(height / count), math.ceil(width / count)
+    if count < 2 or min(high, wide) < _LEAST_TILE:
+        return []
+    whole = [(row, column) for row in range(count) for column in range(count)]
+    halves = [(row + 0.5, column + 0.5) for row in range(count - 1) for column in range(count - 1)]
+    corners = [(int(row * height / count), int(column * width / count)) for row, column in whole + halves]
+    return [(slice(y, y + high), slice(x, x + wide)) for y, x in corners]
+
+
+def _turned(frame: Any, quarters: int, rows: int) -> Any:
+    return frame.rot90(quarters, (1, 2)) if rows else np.rot90(frame, quarters)
+
+
 def open_image(path: Path) -> Image.Image:
     """The picture in a file, decoded completely. Raises ValueError when it cannot be or is too large."""
     if path.stat().st_size > _MAX_BYTES:
@@ -100,7 +158,11 @@ def open_image(path: Path) -> Image.Image:
         image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise ValueError(f"{path.name} is too large: a picture may have at most {MAX_PIXELS} pixels") from exc
-    except (OSError, SyntaxError, EOFError) as exc:
+    except (ValueError, MemoryError):
+        raise
+    except (
+        Exception
+    ) as exc:  # decoders raise all kinds for damaged files: TypeError, IndexError, RuntimeError ...
         raise ValueError(
             f"{path.name} cannot be read as a picture ({type(exc).__name__}); known: {', '.join(_FORMATS)}"
         ) from exc
@@ -118,13 +180,53 @@ def is_tensor(image: Any) -> bool:
     return torch is not None and isinstance(image, torch.Tensor)
 
 
-def _rows(item: Any, spec: ImagePreprocess, max_frames: int) -> tuple[NDArray[np.float32], int, int]:
-    if is_tensor(item) and item.device.type != "cpu":
-        from safeguard.image_tensors import preprocess_tensor
+@contextmanager
+def _named(item: int) -> Iterator[None]:
+    """Says in errors which item of the batch it was."""
+    try:
+        yield
+    except (ValueError, TypeError) as exc:
+        raise type(exc)(f"item {item} of the batch: {exc}") from exc
 
-        if item.ndim == 3:
+
+def _device_rows(batch: Sequence[Any], spec: ImagePreprocess, keep_on: str | None) -> dict[int, Any]:
+    """Rows, as tensors, of those pictures that are preprocessed where they are."""
+    chosen = {
+        i: item
+        for i, item in enumerate(batch)
+        if is_tensor(item)
+        and (item.device.type != "cpu" or keep_on == "cpu")
+        and item.ndim == 3
+        and item.shape[0] in (1, 3)
+    }
+    if not chosen:
+        return {}
+    from safeguard.image_tensors import preprocess_on_device, preprocess_together
+
+    for i, item in chosen.items():
+        with _named(i):
             _refuse_size(item.shape[2], item.shape[1])
-        return preprocess_tensor(item, spec), 1, 1
+    try:
+        return dict(zip(chosen, preprocess_together(list(chosen.values()), spec), strict=True))
+    except ValueError:
+        for i, item in chosen.items():  # one of them: which?
+            with _named(i):
+                preprocess_on_device(item, spec)
+        raise
+
+
+def _joined(found: Sequence[Any], spec: ImagePreprocess, keep_on: str | None) -> Any:
+    if keep_on is not None:
+        from safeguard.image_tensors import gathered
+
+        return gathered(found, keep_on)
+    if not found:
+        shape = (0, spec.size, spec.size, 3) if spec.layout == "NHWC" else (0, 3, spec.size, spec.size)
+        return np.empty(shape, np.float32)
+    return np.concatenate([rows.cpu().numpy() if is_tensor(rows) else rows for rows in found])
+
+
+def _rows(item: Any, spec: ImagePreprocess, max_frames: int) -> tuple[NDArray[np.float32], int, int]:
     frames, total = _frames(item, max_frames)
     rows: list[NDArray[np.float32]] = []
     for frame in frames:
@@ -135,7 +237,7 @@ def _rows(item: Any, spec: ImagePreprocess, max_frames: int) -> tuple[NDArray[np
                     f"the picture needs more than {MAX_CROPS} crops for its {len(frames)} frames; "
                     "cut it, or look at fewer frames"
                 )
-    return np.stack(rows), total, len(frames)
+    return np.stack(rows), total, min(len(frames), total)
 
 
 def _crops(view: NDArray[np.uint8], spec: ImagePreprocess) -> list[NDArray[np.float32]]:
@@ -210,13 +312,18 @@ def _frames(image: Any, most: int) -> tuple[list[NDArray[np.uint8]], int]:
     if isinstance(image, Image.Image):
         _refuse_size(*image.size)
         try:
-            return _pil_frames(image, most)
-        except (OSError, SyntaxError, EOFError) as exc:
+            frames, total = _pil_frames(image, most)
+            return frames + [_brightened(frame, gamma) for gamma in _gammas(image) for frame in frames], total
+        except (ValueError, MemoryError):
+            raise
+        except (
+            Exception
+        ) as exc:  # decoders raise all kinds for damaged frames, and a frame may be a bomb of its own
             raise ValueError(f"the picture cannot be decoded: {exc}") from exc
     if is_tensor(image):
         if image.ndim != 3 or image.shape[0] not in (1, 3, 4):
             raise ValueError(f"a tensor must be (3, height, width), got {tuple(image.shape)}")
-        image = np.moveaxis(image.detach().float().numpy(), 0, -1)
+        image = np.moveaxis(image.detach().float().cpu().numpy(), 0, -1)
     if isinstance(image, np.ndarray):
         return [_array_pixels(image)], 1
     raise TypeError(
@@ -232,12 +339,33 @@ def _pil_frames(image: Image.Image, most: int) -> tuple[list[NDArray[np.uint8]],
         raise ValueError(
             f"the animation has {total} frames of {image.width} x {image.height} pixels; make it smaller"
         )
-    wanted = {round(i * (total - 1) / max(most - 1, 1)) for i in range(min(most, total))}
+    count = min(most, total)
+    wanted = {round(i * (total - 1) / max(count - 1, 1)) for i in range(count)}
     before = image.tell()
     try:
-        return [_pil_pixels(f) for i, f in enumerate(_sequence(image)) if i in wanted], total
+        frames = [_pil_pixels(f) for i, f in enumerate(_sequence(image)) if i in wanted]
     finally:
         image.seek(before)
+    if len(frames) < len(wanted):
+        raise ValueError(f"the animation says that it has {total} frames, and some of them cannot be read")
+    return frames, total
+
+
+def _gammas(image: Image.Image) -> list[float]:
+    """The gamma that a PNG asks for, where it makes the picture another one; PIL leaves it to the viewer.
+
+    Some viewers heed it and some do not, so such a file may show two pictures.
+    """
+    gamma = image.info.get("gamma")
+    if not isinstance(gamma, int | float) or "srgb" in image.info or "icc_profile" in image.info:
+        return []
+    return [float(gamma)] if gamma > 0 and abs(gamma / _USUAL_GAMMA - 1) > 0.1 else []
+
+
+def _brightened(frame: NDArray[np.uint8], gamma: float) -> NDArray[np.uint8]:
+    levels = (np.arange(256) / 255) ** (_USUAL_GAMMA / gamma)
+    table = np.round(levels * 255).astype(np.uint8)
+    return np.concatenate([table[frame[:, :, :3]], frame[:, :, 3:]], axis=2)
 
 
 def _sequence(image: Image.Image) -> Iterator[Image.Image]:
@@ -259,8 +387,8 @@ def _deep_pixels(image: Image.Image) -> NDArray[Any]:
     values = np.asarray(image, np.float64)
     top = float(values.max())
     usual = next((limit for limit in (1.0, 255.0, 65535.0) if top <= limit), None)
-    if image.mode.startswith("I"):
-        usual = 65535.0 if top <= 65535 else None
+    if image.mode.startswith("I"):  # 32 bits often hold 8, and a reading too bright hides nothing
+        usual = 255.0 if image.mode == "I" and top <= 255 else 65535.0 if top <= 65535 else None
     if usual is None or float(values.min()) < 0:
         raise ValueError(f"a picture of mode {image.mode} must have values in [0, 65535], got up to {top:g}")
     return values / usual

@@ -72,6 +72,27 @@ def test_ascii_hidden_in_tag_characters_is_shown() -> None:
     assert plain(f"hello{hidden}") == "hello kill them "
 
 
+def test_tags_closed_like_those_of_a_flag_are_a_message_all_the_same() -> None:
+    hidden = "".join(chr(0xE0000 + ord(c)) for c in "kill them")
+
+    assert plain(f"🏴{hidden}\U000e007f") == " black flag  kill them "
+
+
+def test_ascii_hidden_in_the_supplement_of_variation_selectors_is_shown() -> None:
+    # garak's scheme: character c is U+E0100 + c, without Butler's 16 less
+    hidden = "".join(chr(0xE0100 + ord(c)) for c in "kill them")
+
+    assert plain(f"hello{hidden}") == "hello kill them "
+
+
+def test_bits_of_seven_to_a_letter_are_shown() -> None:
+    # Rehberger's sneaky bits: bin() of each letter, U+200B for a space
+    code = {ord("0"): "\u2062", ord("1"): "\u2064", ord(" "): "\u200b"}
+    hidden = " ".join("".join(f"{ord(c):b}" for c in word) for word in ("kill", "them")).translate(code)
+
+    assert plain(f"hello{hidden}") == "hello kill them "
+
+
 def test_bytes_hidden_in_variation_selectors_are_shown() -> None:
     # Butler's scheme: byte b below 16 is U+FE00 + b, others U+E0100 + b - 16
     hidden = "".join(chr(0xE0100 + b - 16) for b in b"kill them")

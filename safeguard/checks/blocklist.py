@@ -11,7 +11,7 @@ from typing import Any
 
 import ahocorasick
 
-from safeguard.text import View, normalise
+from safeguard.text import View, views
 from safeguard.text.symbols import fold
 from safeguard.text.view import apply, raw_view
 from safeguard.types import Finding, Modality, Span
@@ -27,9 +27,10 @@ _UNSPACED = re.compile(  # scripts that do not part words by spaces: Thai to Bur
 class Blocklist:
     """Scores 1 for each category of which an entry stands in the text, else 0; spans say where.
 
-    Entries match whole words without regard to case, in the text as it stands and in its normalised form; a
-    space in an entry matches any white space. At an end where an entry has a letter of a script without
-    spaces between words (Chinese, Japanese, Thai ...) there need be no border.
+    Entries match whole words without regard to case, in all readings of a text (see `safeguard.text.views`):
+    as it stands, without disguises, decoded. A space in an entry matches any white space. At an end where an
+    entry has a letter of a script without spaces between words (Chinese, Japanese, Thai ...) there need be
+    no border.
     """
 
     modality: Modality = "text"
@@ -66,20 +67,20 @@ class Blocklist:
         FileNotFoundError where there is none.
         """
         path = Path(path)
-        entries = _read(path)
+        entries = read_entries(path)
         if not entries:
             raise ValueError(f"{path.name} has no entries; write one word or phrase on each line")
         return cls({path.stem: entries}, name=f"blocklist/{path.stem}")
 
     def __call__(self, batch: Sequence[str], /) -> list[Finding]:
-        """One finding per text, with scores for every category."""
+        """One finding per text, with scores for every category. TypeError for what is no text."""
+        for i, text in enumerate(batch):
+            if not isinstance(text, str):
+                raise TypeError(f"item {i} of the batch must be text, got {type(text).__name__}")
         return [self._find(text) for text in batch]
 
     def _find(self, text: str) -> Finding:
-        hits = set(self._hits(raw_view(text)))
-        plain = normalise(text)
-        if plain.text != text:
-            hits |= set(self._hits(plain))
+        hits = {hit for view in views(text) for hit in self._hits(view)}
         flagged = {category for _, _, category in hits}
         spans = tuple(Span(start, end, category) for start, end, category in sorted(hits))
         scores = {category: float(category in flagged) for category in self.labels}
@@ -140,7 +141,11 @@ def _in_word(char: str) -> bool:
     return char.isalnum() or char == "_" or unicodedata.category(char) in ("Mn", "Mc")
 
 
-def _read(path: Path) -> list[str]:
+def read_entries(path: Path) -> list[str]:
+    """Lines of a UTF-8 text file without blank ones and comments (`#`).
+
+    Raises ValueError, naming the line, for what is no text, and for a file that is too large.
+    """
     size = path.stat().st_size
     if size > _MOST_BYTES:
         raise ValueError(

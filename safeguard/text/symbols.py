@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -34,7 +34,7 @@ _HIDDEN = re.compile(
     f"\u2190-\u25ff])*(?:[\U000e0020-\U000e007e]+\U000e007f)?)"
     f"|(?P<tags>[\U000e0020-\U000e007f]+)"
     f"|(?P<selectors>[\ufe00-\ufe0f\U000e0100-\U000e01ef]{{2,}})"
-    f"|(?P<bits>[\u2062\u2064]{{16,}})"
+    f"|(?P<bits>[\u2062\u2064]{{7,}}(?:\u200b+[\u2062\u2064]+)*)"
     f"|[{_INVISIBLE}]+"
     f"|(?<![{_JOINED}])[\u200c\u200d]+"
     f"|(?<=[\u200c\u200d])[\u200c\u200d]+"
@@ -53,22 +53,31 @@ def reveal(text: str) -> Iterator[Edit]:
             last = (found, match.end())
             new = _emojis(found) if alike <= _MOST_ALIKE else ""
         elif kind == "tags":
-            new = _hidden("".join(chr(ord(c) - 0xE0000) for c in found if c != "\U000e007f"))
+            new = _tagged(found)
         elif kind == "selectors":
-            new = _hidden(_from_bytes(bytes(_selector_byte(c) for c in found)))
+            new = _hidden(_clearest(_selected(found)))
         elif kind == "bits":
-            bits = "".join("01"[c == "\u2064"] for c in found[: len(found) // 8 * 8])
-            new = _hidden(
-                _from_bytes(int(bits, 2).to_bytes(len(bits) // 8)) if len(bits) <= _MOST_BITS else ""
-            )
+            new = _hidden(_clearest(_bits(found)) if len(found) <= _MOST_BITS else "")
         else:
             new = ""
         if new != found:
             yield match.start(), match.end(), new
 
 
+def may_hide_message(text: str) -> bool:
+    """Whether there are characters in which `reveal` finds messages: tags, variation selectors, operators."""
+    return not text.isascii() and ("\u2064" in text or max(text) >= "\U000e0000")
+
+
 _MOST_ALIKE = 3  # of the same emoji in a row: more say nothing more, and a name is a dozen times as long
 _MOST_BITS = 8 * 4096  # int(..., 2) is linear, but a message this long is data
+
+
+_TAGS_FROM, _TAGS_END = "\U000e0020", "\U000e007f"
+
+
+def _tagged(found: str) -> str:
+    return _hidden("".join(chr(ord(c) - 0xE0000) for c in found if _TAGS_FROM <= c < _TAGS_END))
 
 
 def _hidden(message: str) -> str:
@@ -85,9 +94,27 @@ def _from_bytes(data: bytes) -> str:
     return message if message.isprintable() else ""
 
 
-def _selector_byte(selector: str) -> int:
-    code = ord(selector)
-    return code - 0xFE00 if code < 0xFE10 else code - 0xE0100 + 16
+def _clearest(messages: Iterable[str]) -> str:
+    """Of several ways to read a message the one with the most letters, the first of equals."""
+    return max(messages, key=lambda message: sum(c.isalpha() or c == " " for c in message), default="")
+
+
+def _selected(found: str) -> Iterator[str]:
+    """Messages in variation selectors: by Butler's numbering of all 256, or ASCII in the supplement."""
+    codes = [ord(c) for c in found]
+    yield _from_bytes(bytes(code - 0xFE00 if code < 0xFE10 else code - 0xE0100 + 16 for code in codes))
+    yield _from_bytes(bytes(code - 0xE0100 for code in codes if code >= 0xE0100))
+
+
+def _bits(found: str) -> Iterator[str]:
+    """Messages in invisible operators: of 8 bits a character, or of 7 with zero-width spaces for spaces."""
+    words = ["".join("01"[c == "\u2064"] for c in word) for word in found.split("\u200b")]
+    bits = "".join(words)
+    size = len(bits) // 8
+    yield _from_bytes(int(bits[: size * 8], 2).to_bytes(size)) if size else ""
+    letters = ("".join(chr(int(word[i : i + 7], 2)) for i in range(0, len(word), 7)) for word in words)
+    seven = " ".join(letters)
+    yield seven if seven.isprintable() else ""
 
 
 @cache
@@ -112,6 +139,9 @@ def _bare(symbol: str) -> str:
 
 
 def _emojis(found: str) -> str:
+    if found[-1] == _TAGS_END and _bare(found) not in _emoji_words():  # no flag, so a message
+        bare = "".join(c for c in found if not _TAGS_FROM <= c <= _TAGS_END)
+        return _emojis(bare) + _tagged(found)
     if len(found) > 64:  # no emoji is this long: take it for single ones, and keep it out of the cache
         return "".join(_emoji(c) for c in found)
     return _emoji(found)

@@ -42,10 +42,11 @@ def raw_view(text: str, name: str = "raw") -> View:
     return View(name, text, range(len(text)), range(1, len(text) + 1))
 
 
-def apply(view: View, edits: Iterable[Edit]) -> View:
+def apply(view: View, edits: Iterable[Edit], *, whole: bool = False) -> View:
     """The view after all edits, which must be in order and not overlap; the same object where there are none.
 
-    A replacement as long as what it replaces maps character by character, any other one as a whole.
+    A replacement as long as what it replaces maps character by character, any other one as a whole; with
+    `whole` every one does.
     """
     pieces: list[str] = []
     starts: list[int] = []
@@ -57,7 +58,7 @@ def apply(view: View, edits: Iterable[Edit]) -> View:
             starts += view.starts[last:start]
             ends += view.ends[last:start]
         pieces.append(text)
-        if len(text) == end - start:
+        if len(text) == end - start and not whole:
             starts += view.starts[start:end]
             ends += view.ends[start:end]
         elif text:
@@ -70,3 +71,36 @@ def apply(view: View, edits: Iterable[Edit]) -> View:
     starts += view.starts[last:]
     ends += view.ends[last:]
     return View(view.name, "".join(pieces), starts, ends)
+
+
+def only_hidden(view: View, least: int) -> View | None:
+    """The parts of a reading that stand in the original in another form, of `least` characters or more.
+
+    Each on a line of its own; None where there are none, or nothing else. A part is what came as a whole from
+    at least about as many characters: a code, an invisible message, but not the name of an emoji.
+    """
+    parts: list[tuple[int, int]] = []
+    size = len(view.text)
+    start = 0
+    while start < size:
+        source = view.starts[start], view.ends[start]
+        end = start + 1
+        while end < size and (view.starts[end], view.ends[end]) == source:
+            end += 1
+        if source[1] - source[0] > 1 and end - start <= source[1] - source[0] + 2:
+            if parts and parts[-1][1] == start:
+                parts[-1] = parts[-1][0], end
+            else:
+                parts.append((start, end))
+        start = end
+    parts = [(first, last) for first, last in parts if last - first >= least]
+    if not parts or parts == [(0, size)]:
+        return None
+    texts: list[str] = []
+    starts: list[int] = []
+    ends: list[int] = []
+    for first, last in parts:
+        texts += [view.text[first:last], "\n"]
+        starts += [*view.starts[first:last], view.starts[last - 1]]
+        ends += [*view.ends[first:last], view.ends[last - 1]]
+    return View("hidden", "".join(texts)[:-1], starts[:-1], ends[:-1])
