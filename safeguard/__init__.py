@@ -18,6 +18,7 @@ from safeguard.errors import (
 )
 from safeguard.guards import Guard, capture, guard
 from safeguard.policy import Policy
+from safeguard.stats import Stats
 from safeguard.types import (
     Action,
     Check,
@@ -30,7 +31,7 @@ from safeguard.types import (
     Verdict,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Action",
@@ -53,6 +54,7 @@ __all__ = [
     "Report",
     "SafeguardError",
     "Span",
+    "Stats",
     "UnknownName",
     "UnseenInput",
     "Verdict",

@@ -9,6 +9,10 @@ SafeguardError
 ├── PackError           a model pack that is missing, altered or malformed
 │   └── PackNotFound    no pack of that name in any place looked in
 ├── BackendError        a model file cannot run on the device asked for
+├── ExportError         a model that cannot be exported (names its class, the operator and the reason)
+│   └── ParityError     an export that does not say what its model says
+├── QueueFull           more work waits for a model than may wait (back-pressure)
+├── QueueClosed         a micro-batcher that was closed takes no more work
 ├── RefinerError        a refiner gave nothing that can be used
 ├── MissingExtra        an optional dependency is not installed
 └── UnknownName         a name is in no registry
@@ -102,16 +106,71 @@ class BackendError(SafeguardError):
     """A model file cannot run on the device or provider asked for; nothing else is tried in its place."""
 
 
+class ExportError(SafeguardError):
+    """A model that cannot be exported.
+
+    model: its class. operator: what the target format has no form of, None where it is not one operator.
+    """
+
+    def __init__(self, model: str, reason: str, *, operator: str | None = None) -> None:
+        self.model, self.reason, self.operator = model, reason, operator
+        what = f"operator {operator}: " if operator else ""
+        super().__init__(f"{model} cannot be exported: {what}{reason}")
+
+
+class ParityError(ExportError):
+    """An export that does not agree with its model, on the same inputs.
+
+    tensor, shape: where; difference: the largest one, or the share of flipped decisions; limit: what would
+    have been let through.
+    """
+
+    def __init__(
+        self,
+        tensor: str,
+        shape: Sequence[int],
+        difference: float,
+        limit: float,
+        *,
+        what: str = "",
+        advice: str = "",
+    ) -> None:
+        self.tensor, self.shape = tensor, tuple(shape)
+        self.difference, self.limit = difference, limit
+        text = f"{tensor} {self.shape} {what or 'differs'} by {difference:.3g}, more than {limit:.3g}"
+        SafeguardError.__init__(self, text + (f"; {advice}" if advice else ""))
+
+
+class QueueFull(SafeguardError):
+    """More work waits for a model than may wait, so this call was turned away; come again later.
+
+    Inside a guarded call it is a failure like any other: the policy's on_error decides.
+    """
+
+    def __init__(self, name: str, why: str) -> None:
+        self.name, self.why = name, why
+        super().__init__(f"the queue of {name!r} {why}; send less at once, or raise max_queue or max_wait_s")
+
+
+class QueueClosed(SafeguardError):
+    """A micro-batcher that was closed takes no more work."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"the queue of {name!r} was closed, so it takes no more work")
+
+
 class RefinerError(SafeguardError):
     """A refiner gave nothing that can be used: wrong count, wrong type or no text."""
 
 
 class MissingExtra(SafeguardError, ImportError):
-    """An optional dependency is not installed."""
+    """An optional dependency is not installed; `command`, where it is none of our extras that brings it."""
 
-    def __init__(self, module: str, extra: str) -> None:
+    def __init__(self, module: str, extra: str, *, command: str = "") -> None:
         self.module, self.extra = module, extra
-        super().__init__(f"{module!r} is not installed; run: pip install '{DISTRIBUTION}[{extra}]'")
+        command = command or f"pip install '{DISTRIBUTION}[{extra}]'"
+        super().__init__(f"{module!r} is not installed; run: {command}")
 
 
 class UnknownName(SafeguardError, KeyError):

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from safeguard.driving import Step
-from safeguard.judging import Budget, Piece, Surface, read_texts, strongest
+from safeguard.driving import Lane, Step, StepRefused, StepTimeout
+from safeguard.errors import RefinerError
+from safeguard.judging import STUCK, TIMED_OUT, Budget, Piece, Surface, plain_text, read_texts, strongest
 from safeguard.policy import Policy
-from safeguard.types import Action, Modality, Refiner, RefineRequest, Report, Span, Task, Verdict
+from safeguard.types import REFINER, Action, Modality, Refiner, RefineRequest, Report, Span, Task, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -98,12 +99,13 @@ class Route:
     outputs: Surface
     refiner: Refiner | None
     salt: bytes
+    refining: Lane = field(default_factory=Lane, repr=False, compare=False)
 
 
 def judge_asks(route: Route, asks: Sequence[Ask], budget: Budget) -> Generator[Step, Any, list[Item]]:
     """Judge all texts of all asks, refine or redact what the policy says, and judge the new texts again."""
     policy = route.policy
-    items = [Item(dict(ask.texts)) for ask in asks]
+    items = [Item({name: plain_text(text) for name, text in ask.texts.items()}) for ask in asks]
     yield from _judge_texts(route, items, [list(item.texts) for item in items], budget)
     for item, ask in zip(items, asks, strict=True):
         if ask.unseen and policy.unseen_input == "block" and route.inputs.checks:
@@ -188,7 +190,7 @@ def _rewrite(route: Route, items: Sequence[Item], budget: Budget) -> Generator[S
                 flagged = tuple(dict.fromkeys(c for v in verdicts for c in v.flagged))
                 places.append((i, name))
                 requests.append(RefineRequest(item.texts[name], flagged, spans))
-    texts = yield from _refine(route, requests, budget)
+    texts = yield from _refine(route, requests, [items[i] for i, _ in places], budget)
     for (i, name), rewrite in zip(places, texts, strict=True):
         if rewrite is not None and rewrite != items[i].texts[name]:
             items[i].texts[name] = rewrite
@@ -197,29 +199,49 @@ def _rewrite(route: Route, items: Sequence[Item], budget: Budget) -> Generator[S
 
 
 def _refine(
-    route: Route, requests: Sequence[RefineRequest], budget: Budget
+    route: Route, requests: Sequence[RefineRequest], items: Sequence[Item], budget: Budget
 ) -> Generator[Step, Any, list[str | None]]:
-    """A rewrite per request; None where there is no refiner.
+    """A rewrite per request; None where there is no refiner, or it gave nothing that can be used.
 
-    Or it failed or gave no text (so the item is blocked).
+    Then the flagged text stays, so the item is blocked (or made again with a new seed only), and the failure
+    is noted in its verdicts.
     """
     if not requests or route.refiner is None:
         return [None] * len(requests)
     started = time.perf_counter()
+    why = ""
+    texts: list[str | None] = [None] * len(requests)
     try:
-        texts = yield Step(partial(route.refiner, list(requests)), budget.timeout_s())
-    except Exception as exc:
-        log.error(
-            "refiner failed: refiner=%s items=%d error=%s",
-            route.refiner.name,
-            len(requests),
-            type(exc).__name__,
+        texts = yield Step(
+            partial(_rewrites, route.refiner, requests), budget.timeout_s(), lane=route.refining
         )
-        texts = None
+    except StepTimeout:
+        why = TIMED_OUT
+    except StepRefused:
+        why = STUCK
+    except Exception as exc:
+        why = f"failed with {type(exc).__name__}"
     finally:
         budget.spend(time.perf_counter() - started)
-    if texts is None or isinstance(texts, str) or len(texts) != len(requests):
-        return [None] * len(requests)
+    name = route.refiner.name
+    if why:
+        log.error("refiner failed: refiner=%s items=%d why=%s", name, len(requests), why)
+    for request, item, text in zip(requests, items, texts, strict=True):
+        if text is None:  # monitor: what was flagged already decides
+            error = why or "gave no text"
+            item.verdicts.append(
+                Verdict(
+                    name, "input", Action.MONITOR, {}, error=error, source=REFINER, round=request.round + 1
+                )
+            )
+    return texts
+
+
+def _rewrites(refiner: Refiner, requests: Sequence[RefineRequest]) -> list[str | None]:
+    """What the refiner gives, None for what is no text. Raises RefinerError for the wrong number of them."""
+    texts = refiner(list(requests))
+    if isinstance(texts, str) or len(texts) != len(requests):
+        raise RefinerError(f"refiner {refiner.name!r} must give {len(requests)} texts, one for each request")
     return [text if isinstance(text, str) and text.strip() else None for text in texts]
 
 
@@ -259,11 +281,7 @@ def _judge_outputs(
     if not items or not route.outputs.checks:
         return
     started = time.perf_counter()
-    try:
-        pieces = yield Step(partial(job.pieces, [item.output for item in items], route.policy))
-    except Exception as exc:
-        log.error("output cannot be read: items=%d error=%s", len(items), type(exc).__name__)
-        pieces = [Piece("output", (), 0, f"output cannot be read ({type(exc).__name__})")] * len(items)
+    pieces = yield from _read_outputs(job, [item.output for item in items], route.policy)
     budget.spend(time.perf_counter() - started)
     pieces = [
         replace(piece, round=1 + _last_round(item, "output", piece.source))
@@ -275,6 +293,27 @@ def _judge_outputs(
     for item, row in zip(items, rows, strict=True):
         item.verdicts += row
         item.made = strongest(row)
+
+
+def _read_outputs(job: Job, outputs: Sequence[Any], policy: Policy) -> Generator[Step, Any, list[Piece]]:
+    """A piece per output; one that cannot be read is unseen, and does not take its neighbours with it."""
+    try:
+        return (yield Step(partial(_pieces, job, outputs, policy)))  # type: ignore[no-any-return]
+    except Exception as exc:
+        log.error("output cannot be read: items=%d error=%s", len(outputs), type(exc).__name__)
+        if len(outputs) == 1:
+            return [Piece("output", (), 0, f"output cannot be read ({type(exc).__name__})")]
+    found: list[Piece] = []
+    for output in outputs:
+        found += yield from _read_outputs(job, [output], policy)
+    return found
+
+
+def _pieces(job: Job, outputs: Sequence[Any], policy: Policy) -> list[Piece]:
+    pieces = list(job.pieces(outputs, policy))
+    if len(pieces) != len(outputs):
+        raise ValueError(f"{len(outputs)} outputs were read as {len(pieces)} pieces")
+    return pieces
 
 
 def _more_rounds(
@@ -307,8 +346,13 @@ def _redact(route: Route, job: Job, item: Item, budget: Budget) -> Generator[Ste
     """
     last = _last_round(item, "output", "output")
     spans = [s for v in item.verdicts if v.stage == "output" and v.round == last for s in v.spans]
+    try:
+        output = job.redact(item.output, spans) if spans else item.output
+    except Exception as exc:
+        log.error("output cannot be redacted: error=%s", type(exc).__name__)
+        spans = []
     if spans:
-        item.output = job.redact(item.output, spans)
+        item.output = output
         yield from _judge_outputs(route, job, [item], budget)
     # flagged as a whole there is no place to cut
     item.made = Action.REDACT if spans and item.made.passes else Action.BLOCK
@@ -320,7 +364,7 @@ def _refine_again(
     """Rewrite the prompt after a flagged result; true when the new prompt itself is unsafe."""
     flagged = tuple(dict.fromkeys(c for v in item.verdicts if v.stage == "output" for c in v.flagged))
     request = RefineRequest(original, flagged, (), item.output, number)
-    (text,) = yield from _refine(route, [request], budget)
+    (text,) = yield from _refine(route, [request], [item], budget)
     if text is None or text == item.texts[main] or (text == original and item.refined):
         return False  # nothing new to say: the round still gets a new seed
     before = len(item.verdicts)
@@ -372,9 +416,9 @@ def make_report(
     ms: float = 0.0,
 ) -> Report:
     """The report on one item; texts are what its prompt became."""
-    original = next(iter(ask.texts.values()), None)
-    revised = next(iter(texts.values()), None)
-    return Report(
+    original = plain_text(next(iter(ask.texts.values()), None))
+    name, revised = next(iter(texts.items()), ("", None))
+    report = Report(
         action,
         tuple(verdicts),
         revised if isinstance(revised, str) and revised != original else None,
@@ -385,6 +429,9 @@ def make_report(
         route.policy.digest,
         hash_of(original, route.salt),
     )
+    if any(not v.action.passes for v in report.final if (v.stage, v.source) == ("input", name)):
+        return replace(report, revised_prompt=None)  # a rewrite that was refused is nothing to tell
+    return report
 
 
 def _report(route: Route, ask: Ask, item: Item, action: Action, ms: float) -> Report:

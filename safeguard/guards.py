@@ -6,7 +6,6 @@ import contextvars
 import inspect
 import logging
 import os
-import threading
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +15,13 @@ from typing import Any, Self, TypeVar, overload
 from safeguard import flow, registry
 from safeguard.driving import adrive, drive
 from safeguard.errors import Blocked, CheckFailed, CheckTimeout, MissingExtra, PackNotFound, UnseenInput
-from safeguard.judging import TIMED_OUT, Piece, Surface, image_piece, text_piece
+from safeguard.judging import STUCK, TIMED_OUT, Piece, Surface, image_piece, text_piece
+from safeguard.locks import ForkLock
 from safeguard.policy import Policy
+from safeguard.runtime.cache import CacheStatistics
+from safeguard.runtime.checks import warm_up
+from safeguard.runtime.wiring import Runtime
+from safeguard.stats import Stats, Tally
 from safeguard.streams import GuardedStream
 from safeguard.types import Action, Check, Modality, Refiner, Report, Stage, Task
 
@@ -47,8 +51,10 @@ class _Loaded:
     """Checks, surfaces and refiner of a guard, each loaded once, when first needed."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = ForkLock()
+        self.tally = Tally()
         self.checks: dict[str, Check[Any]] = {}
+        self.runtime: Runtime | None = None
         self.surfaces: dict[SurfaceName, Surface] = {}
         self.refiner: Refiner | None = None
         self.routes: dict[tuple[Task, Modality], flow.Route] = {}
@@ -59,9 +65,9 @@ class Guard:
     """Checks before and after, a refiner between. Call it on a pipeline, a model or a function to guard that.
 
     inputs and outputs are check objects used besides those that the policy names. on_report is called with
-    every report of a guarded call, for audit; what it raises ends the call. salt keys the content hashes in
-    reports; give one to compare hashes between processes. folder is where files that the policy names are
-    looked for. Safe to use from several threads and tasks.
+    every report of a guarded call, for audit; what it raises ends the call, after it got all of them. salt
+    keys the content hashes in reports; give one to compare hashes between processes. folder is where files
+    that the policy names are looked for. Safe to use from several threads and tasks.
     """
 
     inputs: Sequence[Check[Any]] = ()
@@ -82,6 +88,10 @@ class Guard:
             ("outputs", self.outputs, ("text", "image")),
         ):
             for check in checks:
+                if not callable(check) or not isinstance(getattr(check, "name", None), str):
+                    raise TypeError(
+                        f"{stage} take checks (name, modality, callable), got {type(check).__name__}"
+                    )
                 if check.modality not in known:  # it would never be asked
                     raise ValueError(
                         f"{stage} take checks of modality {' or '.join(known)}, "
@@ -152,14 +162,15 @@ class Guard:
         route = await asyncio.to_thread(self.output_route, modality)
         return self.tell(await adrive(flow.output_reports(route, pieces)))
 
-    def stream(self, chunks: Iterable[str]) -> Generator[str, None, None]:
+    def stream(self, chunks: Iterable[T]) -> Generator[T, None, None]:
         """Yield streamed text only after it was judged with what follows it, by the policy's `stream` rules.
 
-        Raises Blocked at the first flagged text, after closing the source.
+        Chunks are strings, or objects with `choices` as chat APIs stream them. Raises Blocked at the first
+        flagged text, after closing the source.
         """
         return GuardedStream(self, self.output_route("text"), flow.Ask({})).run(chunks)
 
-    async def astream(self, chunks: AsyncIterable[str]) -> AsyncGenerator[str, None]:
+    async def astream(self, chunks: AsyncIterable[T]) -> AsyncGenerator[T, None]:
         """`stream` for an event loop."""
         import asyncio
 
@@ -179,6 +190,26 @@ class Guard:
                 f"a call may have at most {self.policy.max_items} items (max_items), got {len(items)}"
             )
         return items
+
+    def warmup(self) -> None:
+        """Load all that the policy names and run it once, so that the first caller does not wait for it.
+
+        Raises what is raised for models that are missing or cannot run.
+        """
+        with self._loaded.lock:
+            surfaces = [
+                self._surface("input", "t2i", "text"),
+                self._surface("input", "llm", "text"),
+                self._surface("output", "text", "text"),
+                self._surface("output", "image", "image"),
+            ]
+        for check in {id(check): check for surface in surfaces for check in surface.checks}.values():
+            warm_up(check)
+
+    def cache_statistics(self) -> CacheStatistics | None:
+        """Hits, misses and size of the result cache; None where the policy keeps none."""
+        with self._loaded.lock:
+            return self._runtime().statistics
 
     # --- for adapters -------------------------------------------------------------------------
 
@@ -200,15 +231,27 @@ class Guard:
             return found
 
     def tell(self, reports: list[Report]) -> list[Report]:
-        """Hand reports to `on_report` and to the `capture` blocks around; returns them."""
+        """Count reports, hand them to the `capture` blocks around and to `on_report`; returns them."""
+        self._loaded.tally.add(reports)
+        for captured in _captures.get():
+            captured.extend(reports)
         for report in reports:
             if not report.action.passes:
                 log.info("%s: %s policy=%s", report.action.value, report.summary(), report.policy)
-            if self.on_report is not None:
-                self.on_report(report)
-        for captured in _captures.get():
-            captured.extend(reports)
+        if self.on_report is not None:
+            _hand_on(reports, self.on_report)
         return reports
+
+    def tell_unfinished(self, reports: list[Report]) -> None:
+        """`tell` for a call that ends in an error, which goes on whatever the sink says."""
+        try:
+            self.tell(reports)
+        except Exception as exc:
+            log.error("reports of a broken call were not taken: error=%s", type(exc).__name__)
+
+    def stats(self) -> Stats:
+        """How many items passed, were changed, blocked or could not be judged, since this guard was made."""
+        return self._loaded.tally.stats()
 
     def settle(self, reports: list[Report], output: T) -> T:
         """Tell the reports; then return the output.
@@ -238,7 +281,7 @@ class Guard:
         if key not in self._loaded.surfaces:
             rules = self.policy.rules(stage, name)  # type: ignore[arg-type]  # rules() refuses other names
             own = self.inputs if stage == "input" else self.outputs
-            checks = [c for c in own if c.modality == modality]
+            checks = [self._runtime().wrap(c) for c in own if c.modality == modality]
             checks += [self._check(spec) for spec in rules.checks]
             for spec in rules.optional_checks:
                 try:
@@ -252,8 +295,15 @@ class Guard:
         if spec not in self._loaded.checks:
             from safeguard.checks.loading import load_check
 
-            self._loaded.checks[spec] = load_check(self._beside(spec), device=self.device)
+            options = self.policy.runtime.torch_options
+            loaded = load_check(self._beside(spec), device=self.device, options=options)
+            self._loaded.checks[spec] = self._runtime().wrap(loaded)
         return self._loaded.checks[spec]
+
+    def _runtime(self) -> Runtime:
+        if self._loaded.runtime is None:
+            self._loaded.runtime = Runtime(self.policy, self.device)
+        return self._loaded.runtime
 
     def _beside(self, spec: str) -> str:
         """`kind:file` with a relative file that stands in our folder, as a full path; else as it is."""
@@ -279,10 +329,23 @@ class Guard:
         return self._loaded.refiner
 
 
+def _hand_on(reports: Sequence[Report], sink: Callable[[Report], None]) -> None:
+    """Give the sink all reports, then raise the first thing that it raised."""
+    failures: list[Exception] = []
+    for report in reports:
+        try:
+            sink(report)
+        except Exception as exc:
+            log.error("on_report failed: error=%s", type(exc).__name__)
+            failures.append(exc)
+    if failures:
+        raise failures[0]
+
+
 def _failure(first: Report, reports: list[Report], output: Any) -> CheckFailed:
     verdict = next(v for v in first.final if v.error and not v.action.passes)
     kind = CheckFailed
-    if verdict.error == TIMED_OUT:
+    if verdict.error in (TIMED_OUT, STUCK):
         kind = CheckTimeout
     elif verdict.check == "safeguard":
         kind = UnseenInput

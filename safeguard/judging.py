@@ -9,12 +9,14 @@ import logging
 import math
 import time
 from collections.abc import Generator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from safeguard.driving import Step, StepTimeout
+from safeguard.driving import Lane, Step, StepRefused, StepTimeout
 from safeguard.policy import Policy, Rules
+from safeguard.runtime.tokenising import TextBatch
 from safeguard.text import View, views
 from safeguard.types import Action, Check, Coverage, Finding, Modality, Scores, Span, Stage, Verdict
 
@@ -22,6 +24,8 @@ log = logging.getLogger(__name__)
 
 TIMED_OUT = "timed out"
 """What a verdict says of a check that ran out of its time."""
+STUCK = "was not asked: too many calls of it hang"
+"""What a verdict says of a check that ran out of its time so often that its threads pile up."""
 
 _LONG = 4000  # characters; to normalise more takes too long for an event loop
 
@@ -42,17 +46,40 @@ class Piece:
     unseen: str | None = None
     refused: bool = False
     """Unseen and blocked whatever the policy says of errors: it has a setting of its own for these."""
+    known: tuple[Verdict, ...] = ()
+    """Verdicts that were made before, such as on a preview; it has no views then."""
+
+
+def plain_text(text: Any) -> Any:
+    """The characters of a text alone: a subclass may say one thing to a check and another to its reader."""
+    return str.__str__(text) if isinstance(text, str) and type(text) is not str else text
 
 
 def text_piece(source: str, text: Any, policy: Policy, number: int = 0) -> Piece:
     """A piece of text, in its raw and its normalised reading; unseen when it is no text or too long."""
     if not isinstance(text, str):
         return Piece(source, (), number, f"{source} must be text, got {type(text).__name__}")
-    if len(text) > policy.max_chars:
-        return Piece(
-            source, (), number, f"{source} has {len(text)} characters, more than max_chars {policy.max_chars}"
+    try:
+        words = plain_text(text)
+        written = plain_text(format(text)) if words is not text else words  # as in an f-string
+        size = max(len(words), len(written))
+        if size > policy.max_chars:
+            why = f"{source} has {size} characters, more than max_chars {policy.max_chars}"
+            return Piece(source, (), number, why)
+        found = views(words)
+        if written != words:
+            found += tuple(_standing_for(view.text, len(words)) for view in views(written))
+        return Piece(source, found, number)
+    except Exception as exc:
+        log.error(
+            "text cannot be read: source=%s characters=%d error=%s", source, len(text), type(exc).__name__
         )
-    return Piece(source, views(text), number)
+        return Piece(source, (), number, f"{source} cannot be read ({type(exc).__name__})")
+
+
+def _standing_for(text: str, size: int) -> View:
+    """A reading all of which stands for all of a text of that size."""
+    return View("written", text, [0] * len(text), [size] * len(text))
 
 
 def read_texts(named: Sequence[tuple[str, Any, int]], policy: Policy) -> Generator[Step, Any, list[Piece]]:
@@ -105,9 +132,11 @@ class Surface:
     checks: Sequence[Check[Any]]
     policy: Policy
     _judged: list[dict[str, tuple[float, Action] | None]] = field(init=False)
+    _lanes: list[Lane] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._judged = [{} for _ in self.checks]
+        self._lanes = [Lane(in_turn=True) for _ in self.checks]
         for check in self.checks:
             points = getattr(check, "operating_points", None)
             if points and self.policy.operating_point and self.policy.operating_point not in points:
@@ -132,38 +161,48 @@ class Surface:
         out: list[list[Verdict]] = [[] for _ in pieces]
         if not self.checks:
             return out
+        if self.modality == "image" and (self.policy.image_tiles > 1 or self.policy.image_turns > 1):
+            pieces = yield Step(partial(_closer, pieces, self.policy))
         seen = [i for i, piece in enumerate(pieces) if piece.views and piece.unseen is None]
         if len(seen) < len(pieces):
             for i in sorted(set(range(len(pieces))) - set(seen)):
+                if pieces[i].known:
+                    out[i] += [replace(v, round=pieces[i].round) for v in pieces[i].known]
+                    continue
                 why = pieces[i].unseen or "nothing to look at"
                 out[i].append(self._failed("safeguard", pieces[i], why, 0.0))
         if not seen:
             return out
         batch, places = _flatten([pieces[i] for i in seen], self.modality)
+        if self.modality == "text" and len(self.checks) > 1:
+            batch = TextBatch(batch)  # checks with one tokenizer tokenise it once
         for number, check in enumerate(self.checks):
             started = time.perf_counter()
-            results = yield from self._run(check, list(batch), budget)
+            results = yield from self._run(number, batch, budget)
             each_ms = (time.perf_counter() - started) * 1e3 / len(seen)
             for i, rows in zip(seen, places, strict=True):
                 out[i].append(self._verdict(number, check, pieces[i], [results[r] for r in rows], each_ms))
         return out
 
     def _run(
-        self, check: Check[Any], batch: list[Any], budget: Budget
+        self, number: int, batch: Sequence[Any], budget: Budget
     ) -> Generator[Step, Any, list[Finding | str]]:
         """A finding per reading, or what went wrong with it.
 
         One bad item does not take its neighbours with it.
         """
-        started = time.perf_counter()
+        check, started = self.checks[number], time.perf_counter()
         try:
             try:
-                found = yield Step(partial(_call, check, batch), budget.timeout_s())
+                found = yield Step(partial(_call, check, batch), budget.timeout_s(), lane=self._lanes[number])
             finally:  # before an item is tried again alone, so that all tries share the total
                 budget.spend(time.perf_counter() - started)
         except StepTimeout:
             log.error("check timed out: check=%s items=%d", check.name, len(batch))
             return [TIMED_OUT] * len(batch)
+        except StepRefused:
+            log.error("check not asked, too many calls of it hang: check=%s items=%d", check.name, len(batch))
+            return [STUCK] * len(batch)
         except Exception as exc:
             log.error("check failed: check=%s items=%d error=%s", check.name, len(batch), type(exc).__name__)
             if len(batch) == 1:
@@ -172,7 +211,7 @@ class Surface:
             return found  # type: ignore[no-any-return]  # what _call gave, through the driver
         results: list[Finding | str] = []
         for item in batch:
-            results += yield from self._run(check, [item], budget)
+            results += yield from self._run(number, [item], budget)
         return results
 
     def _verdict(
@@ -239,9 +278,36 @@ class Surface:
         )
 
 
-def _call(check: Check[Any], batch: list[Any]) -> list[Finding | str]:
-    """Run a check and look at every number it gives; what is not a probability is an error of that item."""
-    rows = check(batch)
+def _closer(pieces: Sequence[Piece], policy: Policy) -> list[Piece]:
+    """The pieces with the closer looks at pictures that the policy asks for; unseen where it cannot be."""
+    from safeguard.images import closer_looks  # PIL, and few policies ask for it
+
+    found = []
+    for piece in pieces:
+        try:
+            looks = tuple(
+                look
+                for view in piece.views
+                for look in closer_looks(view, tiles=policy.image_tiles, turns=policy.image_turns)
+            )
+            found.append(replace(piece, views=looks))
+        except (ValueError, TypeError) as exc:
+            found.append(Piece(piece.source, (), piece.round, f"cannot be looked at closely: {exc}"))
+        except Exception as exc:  # out of memory, errors of a picture library
+            log.error("picture cannot be looked at closely: error=%s", type(exc).__name__)
+            why = f"cannot be looked at closely ({type(exc).__name__})"
+            found.append(Piece(piece.source, (), piece.round, why))
+    return found
+
+
+def _call(check: Check[Any], batch: Sequence[Any]) -> list[Finding | str]:
+    """Run a check and look at all that it gives; what is not a probability is an error of that item."""
+    try:
+        rows = check(copy(batch))  # its own: what it does to that changes nothing here
+    except BaseException as exc:
+        if type(exc).__module__ != "pyo3_runtime":  # what ends a program passes through
+            raise
+        raise RuntimeError("a part of the check that is written in Rust panicked") from exc
     if len(rows) != len(batch):
         raise ValueError(f"check {check.name!r} gave {len(rows)} results for {len(batch)} items")
     return [_finding(row, item) for row, item in zip(rows, batch, strict=True)]
@@ -249,18 +315,35 @@ def _call(check: Check[Any], batch: list[Any]) -> list[Finding | str]:
 
 def _finding(row: Finding | Scores, item: Any) -> Finding | str:
     finding = row if isinstance(row, Finding) else Finding(row)
+    if not isinstance(finding.scores, Mapping):
+        return f"gave {type(finding.scores).__name__}, a row must be a Finding or scores"
     if not finding.scores:
         return "gave no scores"
     for category, score in finding.scores.items():
+        if not isinstance(category, str):
+            return f"gave a category of type {type(category).__name__}, it must be a name"
         if type(score) is not float:
             scores = {c: float(s + 0.0) for c, s in finding.scores.items()}
             return _finding(replace(finding, scores=scores), item)
         if not 0.0 <= score <= 1.0:  # also false for NaN
             kind = "NaN" if math.isnan(score) else f"{score:g}"
             return f"gave {kind} for {category!r}, scores must be in [0, 1]"
-    if isinstance(item, str) and not all(0 <= s.start <= s.end <= len(item) for s in finding.spans):
-        return f"gave a span outside 0 to {len(item)}"
-    return finding
+    if finding.coverage is not None and not isinstance(finding.coverage, Coverage):
+        return f"gave a coverage of type {type(finding.coverage).__name__}"
+    return (_wrong_span(finding.spans, item) if finding.spans else None) or finding
+
+
+def _wrong_span(spans: Sequence[Span], item: Any) -> str | None:
+    """What is wrong with the places that a check named, if anything."""
+    for span in spans:
+        if not isinstance(span, Span) or not isinstance(span.category, str):
+            return "gave a span that is no Span of a category"
+        whole = isinstance(span.start, int) and isinstance(span.end, int)
+        if isinstance(item, str) and not (whole and 0 <= span.start <= span.end <= len(item)):
+            return f"gave a span outside 0 to {len(item)}"
+        if not 0.0 <= span.score <= 1.0:
+            return "gave a span whose score is not in [0, 1]"
+    return None
 
 
 def _flatten(pieces: Sequence[Piece], modality: Modality) -> tuple[list[Any], list[list[int]]]:

@@ -75,13 +75,42 @@ class Source(_Part):
     sha256: Sha256 | None = None
 
 
+class TensorParity(_Part):
+    """How far an export is from its model in one output, over `rows` rows of seeded inputs."""
+
+    tensor: str
+    max_abs: Annotated[float, Field(ge=0)]
+    """Largest absolute difference."""
+    scale: Annotated[float, Field(ge=0)]
+    """Largest absolute value that the model itself gave."""
+    flips: Annotated[int, Field(ge=0)] = 0
+    """Decisions that came out differently, of `decisions`."""
+    decisions: Annotated[int, Field(ge=0)] = 0
+    rows: Annotated[int, Field(ge=1)]
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Shapes of this tensor that were compared."""
+
+
+class ExportRecord(_Part):
+    """How the model file was made and how well it agrees with the model that it came from."""
+
+    exporter: str
+    versions: dict[str, str] = Field(default_factory=dict)
+    source: str = ""
+    """Class of the model that was exported."""
+    opset: Annotated[int, Field(ge=1)] | None = None
+    flavour: Literal["native", "decomposed"] | None = None
+    dtype: str = "float32"
+    parity: tuple[TensorParity, ...] = ()
+
+
 class Manifest(_Part):
     """What `safeguard.json` holds. Every file of the pack but the manifest is listed with its digest."""
 
     format: Literal[1] = 1
     name: Name
     version: str
-    kind: Literal["text_classifier", "image_classifier", "clip_heads", "refiner"]
+    kind: Literal["text_classifier", "image_classifier", "clip_heads", "refiner", "module"]
     summary: str = ""
     model: ModelFile
     labels: tuple[str, ...] = ()
@@ -100,6 +129,8 @@ class Manifest(_Part):
     window: Window | None = None
     image: ImagePreprocess | None = None
     precision: str = "float32"
+    export: ExportRecord | None = None
+    """Absent for packs that no exporter of ours made."""
     files: dict[str, Sha256]
     license: str
     data: tuple[Source, ...] = ()
@@ -110,7 +141,13 @@ class Manifest(_Part):
     def _files_stay_inside(cls, files: dict[str, str]) -> dict[str, str]:
         for name in files:
             path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+            if (
+                path.is_absolute()
+                or ".." in path.parts
+                or "\\" in name
+                or not path.parts
+                or not name.isprintable()
+            ):
                 raise ValueError(f"file {name!r} must be a relative path inside the pack")
         return files
 

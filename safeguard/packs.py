@@ -7,17 +7,18 @@ import importlib.util
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from safeguard.errors import DISTRIBUTION, PackError, PackNotFound
+from safeguard.files import write_whole
 from safeguard.manifest import MANIFEST_NAME, Manifest
 
 _PACKAGE = "safeguard"
@@ -54,18 +55,36 @@ class Pack:
 
         Raises PackError for a missing, altered or linked-away file and for a pickle under another name.
         """
-        for name, wanted in self.manifest.files.items():
-            path = self._inside(name)
-            _refuse_pickle(path)
-            found = file_digest(path)
-            if found != wanted:
-                raise PackError(
-                    f"pack {self.manifest.name!r}: {name} was altered: sha256 is {found[:12]}..., "
-                    f"the manifest says {wanted[:12]}...; install the pack again"
-                )
+        for name in self.manifest.files:
+            with open_file(self._inside(name)) as file:
+                _refuse_pickle(file, name)
+                self._prove(name, hashlib.file_digest(file, "sha256").hexdigest())
         return self
 
-    def expect(self, kind: Literal["text_classifier", "image_classifier", "clip_heads", "refiner"]) -> Pack:
+    def read(self, name: str) -> bytes:
+        """The content of a listed file, read once and proven.
+
+        What is loaded from these bytes, and not from the path, cannot be exchanged after it was looked at.
+        Raises PackError as `verify` does.
+        """
+        self.path(name)
+        with open_file(self._inside(name)) as file:
+            _refuse_pickle(file, name)
+            content = file.read()
+        self._prove(name, hashlib.sha256(content).hexdigest())
+        return content
+
+    def _prove(self, name: str, found: str) -> None:
+        wanted = self.manifest.files[name]
+        if found != wanted:
+            raise PackError(
+                f"pack {self.manifest.name!r}: {name} was altered: sha256 is {found[:12]}..., "
+                f"the manifest says {wanted[:12]}...; install the pack again"
+            )
+
+    def expect(
+        self, kind: Literal["text_classifier", "image_classifier", "clip_heads", "refiner", "module"]
+    ) -> Pack:
         """Itself, if it is of that kind; PackError otherwise."""
         if self.manifest.kind != kind:
             raise PackError(f"pack {self.manifest.name!r} is a {self.manifest.kind}, not a {kind}")
@@ -108,11 +127,10 @@ def resolve(name: str | Path, *, cache: Path | None = None) -> Pack:
 def read_pack(folder: Path) -> Pack:
     """The pack in a folder, with its manifest read but its files not yet verified."""
     path = folder / MANIFEST_NAME
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MANIFEST_LIMIT + 1)
-    except OSError as exc:
-        raise PackError(f"{path} cannot be read: {exc.strerror}") from exc
+    with open_file(path) as file:
+        raw = file.read(_MANIFEST_LIMIT + 1)
+    if not path.resolve().is_relative_to(_link_root(folder)):
+        raise PackError(f"{path} is a link that leads out of {folder}")
     if len(raw) > _MANIFEST_LIMIT:
         raise PackError(f"{path} is larger than {_MANIFEST_LIMIT} bytes, so it is no manifest")
     data = _parse(raw, str(path))
@@ -130,12 +148,12 @@ def seal(folder: Path, fields: Mapping[str, Any], *, files: Sequence[str] | None
     for name in sorted(names):
         if not (folder / name).is_file():
             raise PackError(f"file {name} is missing in {folder}")
-        _refuse_pickle(folder / name)
-        digests[name] = file_digest(folder / name)
+        with open_file(folder / name) as file:
+            _refuse_pickle(file, name)
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     manifest = _manifest({**fields, "files": digests}, f"the manifest for {folder}")
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with _replaced(folder / MANIFEST_NAME) as handle:
-        handle.write_text(text, encoding="utf-8")
+    write_whole(folder / MANIFEST_NAME, text)
     return manifest
 
 
@@ -143,6 +161,19 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_file(path: Path) -> BufferedReader:
+    """A plain file, open for reading. Raises PackError for anything else; a pipe would never come back."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as exc:
+        raise PackError(f"{path} cannot be read: {exc.strerror}") from exc
+    file = os.fdopen(handle, "rb") if stat.S_ISREG(os.fstat(handle).st_mode) else None
+    if file is None:
+        os.close(handle)
+        raise PackError(f"{path} cannot be read: it is no plain file")
+    return file
 
 
 def canonical_digest(data: Any) -> str:
@@ -210,19 +241,17 @@ def _from_hub(name: str, places: list[str], cache: Path | None) -> Pack:
         places.append("the hub, where packs are named owner/name")
         raise PackNotFound(name, places, hint)
     try:
-        import huggingface_hub as hub
+        from huggingface_hub import constants, errors, hf_hub_download
     except ImportError:
         command = f"pip install '{DISTRIBUTION}[hub]'"
         places.append(f"the hub and its cache: huggingface_hub is not installed ({command})")
         raise PackNotFound(name, places) from None
     repo, _, revision = name.partition("@")
-    where = cache or Path(hub.constants.HF_HUB_CACHE)
+    where = cache or Path(constants.HF_HUB_CACHE)
     offline = is_offline()
 
     def fetch(file: str, revision: str | None) -> Path:
-        return Path(
-            hub.hf_hub_download(repo, file, revision=revision, cache_dir=where, local_files_only=offline)
-        )
+        return Path(hf_hub_download(repo, file, revision=revision, cache_dir=where, local_files_only=offline))
 
     places.append(f"the hub cache {where}")
     places.append("the hub: not asked, HF_HUB_OFFLINE is set" if offline else f"the hub, repository {repo}")
@@ -233,9 +262,7 @@ def _from_hub(name: str, places: list[str], cache: Path | None) -> Pack:
             fetch(
                 file, folder.name
             )  # the commit that the manifest came from, whatever the branch does meanwhile
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as exc:
-        if isinstance(exc, PackError):
-            raise
+    except (OSError, ValueError, errors.HfHubHTTPError) as exc:
         places[-1] += f" ({type(exc).__name__})"
         raise PackNotFound(name, places) from exc
     return pack.verify()
@@ -249,18 +276,22 @@ def _link_root(folder: Path) -> Path:
     return real
 
 
-def _refuse_pickle(path: Path) -> None:
-    """Raises PackError for a file that may run code when it is loaded, whatever it is called."""
+def _refuse_pickle(file: BufferedReader, name: str) -> None:
+    """Raises PackError for a file that may run code when it is loaded, whatever it is called.
+
+    Leaves the file at its beginning.
+    """
+    path = PurePosixPath(name)
     suffix = path.suffix.lower()
     if suffix in _PICKLE_SUFFIXES:
         raise PackError(f"{path.name}: packs hold ONNX and safetensors, never pickles or code ({suffix})")
-    with path.open("rb") as file:
-        head = file.read(9)
+    head = file.read(9)
+    file.seek(0)
     pickled = head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5
     zipped = head[:4] == b"PK\x03\x04" and suffix not in _ZIP_SUFFIXES
     if suffix == ".safetensors":
         size = int.from_bytes(head[:8], "little")
-        wrong = head[8:9] != b"{" or not 2 <= size <= path.stat().st_size - 8
+        wrong = head[8:9] != b"{" or not 2 <= size <= os.fstat(file.fileno()).st_size - 8
     else:
         wrong = suffix == ".onnx" and head[:1] != b"\x08"  # ModelProto.ir_version comes first
     if pickled or zipped or wrong:
@@ -282,6 +313,7 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
 
     try:
         data = json.loads(raw, object_pairs_hook=unique)
+        json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text that can be hashed
     except (ValueError, RecursionError) as exc:
         raise PackError(f"{where} is not valid JSON: {exc}") from exc
     if not isinstance(data, dict):
@@ -302,16 +334,3 @@ def _manifest(data: Mapping[str, Any], where: str) -> Manifest:
 def _files_below(folder: Path) -> list[str]:
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return [p.as_posix() for p in found if p.as_posix() != MANIFEST_NAME and not p.name.startswith(".")]
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well."""
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(temporary)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

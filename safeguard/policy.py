@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from safeguard.errors import PolicyError, UnknownName
+from safeguard.files import write_whole
 from safeguard.types import Action, Stage
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -101,16 +103,117 @@ class OutputRules(_Part):
 class StreamRules(_Part):
     """How streamed text is held back.
 
-    `withhold`: nothing is released that was not scored with what follows it.
+    `withhold`: nothing is released that was not scored with what follows it; what that promises, and of how
+    long a place, is said in `safeguard.held_text`. With these sizes at most 48 tokens of English are held
+    back, and what is scored at a time has about as many, which text-guard-s does in about 5 ms.
     """
 
     mode: Literal["withhold", "sentence", "shadow"] = "withhold"
-    hold_chars: Annotated[int, Field(ge=1, le=100_000)] = 160
+    hold_chars: Annotated[int, Field(ge=1, le=100_000)] = 96
     """Characters of lookahead that stay back until more text was scored behind them."""
-    step_chars: Annotated[int, Field(ge=1, le=100_000)] = 80
+    step_chars: Annotated[int, Field(ge=1, le=100_000)] = 40
     """A check is made each time this much new text has come in."""
-    context_chars: Annotated[int, Field(ge=0, le=1_000_000)] = 400
+    context_chars: Annotated[int, Field(ge=0, le=1_000_000)] = 80
     """Released text that is scored again together with the new."""
+
+
+class ProbeRules(_Part):
+    """A look at pictures while they are made, which saves the rest of the steps where they will be blocked.
+
+    Off while `every` is 0. It never lets anything through: every picture that is handed on was judged when
+    it was finished, by the same checks as without a probe.
+    """
+
+    every: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Steps of the denoising between two looks."""
+    from_step: Annotated[int, Field(ge=1, le=1000)] = 10
+    """The first step after which there is a look; before it there is little to see."""
+    threshold: Probability | None = None
+    """Flagged in a preview at this score or above; None: as the finished picture. Previews are blurred, so a
+    higher one avoids stopping what would have passed."""
+    preview: Literal["vae", "linear"] = "vae"
+    """How latents become a picture: through the VAE as at the end, or, for latents of four channels of Stable
+    Diffusion 1, 2 and XL, by a linear map, which costs next to nothing and gives an eighth of the size."""
+    unavailable: Literal["warn", "error"] = "warn"
+    """For a pipeline in whose steps there is nothing to look at or to stop."""
+
+
+class DecodingRules(_Part):
+    """A guard inside the decoding of a language model, on top of the checks, which judge its output as ever.
+
+    `contrastive`: away from an anti-expert, among plausible tokens. `dexperts`: the same within the nucleus,
+    with an expert or without. `rectify`: caps on tokens by a value model. Carried out in `generate()` of
+    transformers' causal models; reports name the method where it was. See `safeguard.decoding`.
+    """
+
+    method: Literal["none", "contrastive", "dexperts", "rectify"] = "none"
+    anti_expert: str | None = None
+    """Folder or cached hub name of a model trained on harmful text, of the same vocabulary."""
+    expert: str | None = None
+    """The same of one trained on harmless text; none: the guarded model itself."""
+    value_model: str | None = None
+    """Folder that `safeguard train value` wrote."""
+    strength: Annotated[float, Field(gt=0, le=100)] = 2.0
+    """How far from the anti-expert: 2 in DExperts."""
+    plausibility: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Least share of the likeliest token's probability; None: 0.1 for contrastive, no limit for dexperts."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Nucleus of the guarded model; None: 0.9 for dexperts, no limit for contrastive."""
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of rectify: taken off every cap."""
+    top_k: Annotated[int, Field(ge=1, le=1_000_000)] = 50
+    """Of rectify: tokens that remain."""
+
+    @model_validator(mode="after")
+    def _has_what_its_method_needs(self) -> Self:
+        takes = {
+            "none": set(),
+            "contrastive": {"anti_expert", "strength", "plausibility", "top_p"},
+            "dexperts": {"anti_expert", "expert", "strength", "plausibility", "top_p"},
+            "rectify": {"value_model", "epsilon", "top_k"},
+        }[self.method]
+        needs = {"contrastive": "anti_expert", "dexperts": "anti_expert", "rectify": "value_model"}
+        needed = needs.get(self.method)
+        if needed is not None and not getattr(self, needed):
+            raise ValueError(f"decoding.method {self.method!r} needs {needed}: the folder of a model")
+        defaults = type(self).model_fields
+        for name in sorted(set(defaults) - takes - {"method"}):
+            if getattr(self, name) != defaults[name].default:
+                raise ValueError(f"decoding.{name} says nothing to method {self.method!r}")
+        return self
+
+
+class RuntimeRules(_Part):
+    """How checks are run when many calls come at once: changes when answers come, not what they are.
+
+    Half precision alone moves scores, by some thousandths.
+    """
+
+    batching: Literal["auto", "always", "never"] = "auto"
+    """Callers at the same time share runs of a check. auto: on GPUs, where a shared run costs little more."""
+    max_items: Annotated[int, Field(ge=1, le=4096)] = 64
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 16_384
+    """Of one shared run; texts count four characters a token."""
+    max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
+    """Items that may wait for one check; what comes beyond is a failure, for on_error to decide."""
+    max_wait_s: Seconds | None = None
+    """A call whose turn comes later than this fails instead of being answered late."""
+    linger_s: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How long a run that follows another at once may wait for company; after a pause none ever waits."""
+    cache_entries: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    """Findings of text checks that are kept for texts that come again; 0 keeps none. Never holds a text."""
+    cache_bytes: Annotated[int, Field(ge=1, le=100_000_000_000)] = 64_000_000
+    torch_run: Literal["eager", "compiled", "cuda_graphs"] = "eager"
+    """Of models that torch runs (`hub:`). The last two prepare each shape once, which takes seconds: call
+    `warmup()` before serving."""
+    torch_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of models that torch runs; half precision is for GPUs. A pack has the precision of its export."""
+
+    @property
+    def torch_options(self) -> dict[str, str]:
+        """What of this a check whose model torch runs is told, where it differs from the defaults."""
+        names = ("torch_run", "torch_dtype")
+        return {n: getattr(self, n) for n in names if getattr(self, n) != type(self).model_fields[n].default}
 
 
 class Policy(_Part):
@@ -143,9 +246,17 @@ class Policy(_Part):
     """For all checks and refinements of one call together, without the generation itself."""
     max_chars: Annotated[int, Field(ge=1)] = 100_000
     max_items: Annotated[int, Field(ge=1)] = 4096
+    image_tiles: Annotated[int, Field(ge=1, le=4)] = 1
+    """Pictures are judged in parts too, so that one set among others counts: 2 looks at the quarters and the
+    middle, at 6 times the cost of a picture; 3 at 9 parts and 4 between them, 14 times; 4: 26 times."""
+    image_turns: Literal[1, 4] = 1
+    """4: pictures are judged turned by 90, 180 and 270 degrees too; 3 looks more."""
     placeholder_text: str = ""
     placeholder_image: Literal["blank", "blur"] = "blank"
     stream: StreamRules = StreamRules()
+    runtime: RuntimeRules = RuntimeRules()
+    probe: ProbeRules = ProbeRules()
+    decoding: DecodingRules = DecodingRules()
 
     @field_validator("operating_point")
     @classmethod
@@ -241,9 +352,9 @@ class Policy(_Part):
         return dump(self.model_dump(mode="json", exclude_defaults=True), form)
 
     def to_file(self, path: str | Path) -> None:
-        """Write to `.yaml`, `.yml`, `.toml` or `.json`."""
+        """Write to `.yaml`, `.yml`, `.toml` or `.json`, at once or not at all."""
         path = Path(path)
-        path.write_text(self.to_text(_form(path)), encoding="utf-8")
+        write_whole(Path(os.path.realpath(path)), self.to_text(_form(path)))
 
 
 def _form(path: Path) -> Literal["yaml", "toml", "json"]:

@@ -35,6 +35,9 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_OTHER_BREAKS = frozenset("\x85\u2028\u2029\ufeff")
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
@@ -48,11 +51,15 @@ def parse(text: str, form: Literal["yaml", "toml", "json"], where: str) -> Any:
     try:
         match form:
             case "yaml":
-                return yaml.load(text, Loader=_StrictLoader)
+                data = yaml.load(text, Loader=_StrictLoader)
             case "toml":
-                return tomllib.loads(text)
+                data = tomllib.loads(text)
             case "json":
-                return json.loads(text, object_pairs_hook=_unique)
+                data = json.loads(text, object_pairs_hook=_unique)
+        json.dumps(
+            data, ensure_ascii=False, default=str
+        ).encode()  # half a surrogate pair cannot be written back
+        return data
     except (yaml.YAMLError, tomllib.TOMLDecodeError, ValueError, RecursionError) as exc:
         detail = " ".join(str(exc).split())
         raise PolicyError(f"{where} is not valid {form.upper()}: {detail}") from exc
@@ -62,7 +69,10 @@ def dump(data: dict[str, Any], form: Literal["yaml", "toml", "json"]) -> str:
     """Text of a policy file in the given form; keys keep their order."""
     match form:
         case "yaml":
-            return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+            text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+            if _OTHER_BREAKS.isdisjoint(text):
+                return text
+            return str(yaml.safe_dump(data, sort_keys=False))  # written out, YAML would fold them
         case "toml":
             import tomli_w
 

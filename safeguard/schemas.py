@@ -78,6 +78,7 @@ class ReportData(_Part):
     latency_ms: Milliseconds = Field(description="the guard's own time")
     policy: PolicyRef
     content: str | None = Field(description="salted hash of the original text")
+    decoding: str | None = Field(description="the guard inside the decoding that the call went through")
     verdicts: list[VerdictData]
 
 

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 class FakeBackend:
     """A backend that computes its outputs with a function, and counts its runs in `shapes`.
 
-    shapes: one entry per run, the shape of its first input.
+    shapes: one entry per run, the shape of its first input. tensor_device: where it says that it takes torch
+    tensors in the place of arrays; "cpu" for those in host memory.
     """
 
-    def __init__(self, function: Callable[[Arrays], dict[str, NDArray[Any]]]) -> None:
-        self._function = function
+    def __init__(
+        self, function: Callable[[Arrays], dict[str, NDArray[Any]]], *, tensor_device: str | None = None
+    ) -> None:
+        self._function, self.tensor_device = function, tensor_device
         self.shapes: list[tuple[int, ...]] = []
 
     def __call__(self, inputs: Arrays, /) -> dict[str, NDArray[Any]]:
@@ -113,7 +116,7 @@ class FailingCheck:
 
     def __call__(self, batch: Sequence[Any], /) -> list[Scores]:
         if any(self._when(item) for item in batch):
-            raise self._error
+            raise self._error.with_traceback(None)  # or each call would add its frames, and keep its batch
         return [{"bad": 0.0} for _ in batch]
 
 

@@ -14,6 +14,9 @@ Task = Literal["t2i", "llm"]
 Scores = Mapping[str, float]
 """Category name to probability in [0, 1]; higher is riskier, for every check."""
 
+REFINER = "refiner"
+"""Source of the verdicts that note a failure of the refiner; nothing was judged there."""
+
 T_contra = TypeVar("T_contra", contravariant=True)
 
 
@@ -177,13 +180,21 @@ class Verdict:
         }
 
 
+def _stop(verdict: Verdict) -> str:
+    """Where a probe stopped what was being made."""
+    coverage = verdict.coverage
+    if coverage is None or coverage.unit != "steps":
+        return ""
+    return f" (stopped at step {coverage.checked} of {coverage.total})"
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """Everything said of one item of a call, over all rounds. Holds no content but the revised prompt.
 
     action: what finally happened to the item. rounds: generations beyond the first. latency_ms: the guard's
     own time, checks and refiner, without the generation. content: salted hash of the original text, None for
-    images.
+    images. decoding: the guard inside the decoding that the call went through, if any.
     """
 
     action: Action
@@ -195,6 +206,7 @@ class Report:
     policy: str = ""
     policy_digest: str = ""
     content: str | None = None
+    decoding: str | None = None
 
     @property
     def blocked(self) -> bool:
@@ -235,7 +247,7 @@ class Report:
     def summary(self) -> str:
         """One line: what happened and which check said what, without any content."""
         hits = [
-            f"{v.check}: " + (v.error or ", ".join(f"{c} {v.scores[c]:.2f}" for c in v.flagged))
+            f"{v.check}: " + (v.error or ", ".join(f"{c} {v.scores[c]:.2f}" for c in v.flagged)) + _stop(v)
             for v in self.verdicts
             if v.flagged or v.error
         ]
@@ -262,6 +274,7 @@ class Report:
             "latency_ms": self.latency_ms,
             "policy": {"name": self.policy, "digest": self.policy_digest},
             "content": self.content,
+            "decoding": self.decoding,
             "verdicts": [v.to_dict() for v in self.verdicts],
         }
 

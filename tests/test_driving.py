@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from safeguard.driving import Step, StepTimeout, adrive, drive
+from safeguard.driving import MOST_IN_TURN, Lane, Step, StepTimeout, adrive, drive
 
 Made = Generator[Step, Any, Any]
 
@@ -109,3 +109,72 @@ def test_event_loop_goes_on_while_a_step_works() -> None:
         return bool(await task)
 
     assert asyncio.run(both())
+
+
+def most_at_once(lane: Lane) -> int:
+    """How many of 60 steps of a lane run at once on one event loop."""
+    running, most, lock = 0, 0, threading.Lock()
+
+    def work() -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        gate.wait(0.05)  # never set: long enough for all threads that may begin to have begun
+        with lock:
+            running -= 1
+
+    def flow() -> Made:
+        yield Step(work, lane=lane)
+
+    async def every() -> None:
+        await asyncio.gather(*(adrive(flow()) for _ in range(60)))
+
+    gate = threading.Event()
+    asyncio.run(every())
+    return most
+
+
+def test_steps_in_turn_never_fill_the_process_with_threads() -> None:
+    assert most_at_once(Lane(in_turn=True)) <= MOST_IN_TURN
+
+
+def test_other_steps_run_all_at_once() -> None:
+    assert most_at_once(Lane()) > MOST_IN_TURN
+
+
+def test_waiting_for_a_turn_is_no_part_of_the_time_limit() -> None:
+    lane = Lane(in_turn=True)
+
+    def flow() -> Made:  # the last one waits for longer than its limit before it begins
+        yield Step(lambda: threading.Event().wait(0.4), timeout_s=0.7, lane=lane)
+        return "done"
+
+    async def every() -> list[str]:
+        return list(await asyncio.gather(*(adrive(flow()) for _ in range(2 * MOST_IN_TURN + 1))))
+
+    assert asyncio.run(every()) == ["done"] * (2 * MOST_IN_TURN + 1)
+
+
+def test_a_waiter_that_is_cancelled_gives_its_turn_up() -> None:
+    lane = Lane(in_turn=True)
+    gate = threading.Event()
+
+    def flow() -> Made:
+        yield Step(gate.wait, lane=lane)
+
+    def free() -> Made:
+        return (yield Step(lambda: "free", lane=lane))
+
+    async def every() -> str:
+        held = [asyncio.create_task(adrive(flow())) for _ in range(MOST_IN_TURN)]
+        await asyncio.sleep(0)
+        for task in held:
+            task.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+        return await adrive(free())
+
+    try:
+        assert asyncio.run(every()) == "free"
+    finally:
+        gate.set()

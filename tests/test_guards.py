@@ -306,6 +306,7 @@ def test_word_list_that_a_policy_file_names_may_stand_beside_it(tmp_path: Path) 
 
 
 def test_refiner_that_wants_an_argument_says_so() -> None:
+    pytest.importorskip("torch", reason="torch is not installed (extra torch)")
     rules = {"refiner": "causal-lm", "input": {"llm": {"action": "refine"}}}
     with pytest.raises(ValueError, match="refiner 'causal-lm' must be name:argument"):
         Guard(inputs=[WordCheck("knife")], policy=policy(**rules)).check_input("a knife")
@@ -317,3 +318,13 @@ def test_decorator_finds_what_its_policy_file_names_beside_it(tmp_path: Path) ->
     file.write_text("input: {llm: {checks: ['blocklist:rude.txt']}}\n", encoding="utf-8")
     with pytest.raises(Blocked):
         safeguard.guard(echo, policy=file)("you scoundrel")
+
+
+def test_rewrite_that_was_refused_is_in_no_report() -> None:
+    guard = Guard(
+        inputs=[WordCheck("knife", "dagger")],
+        refiner=SwapRefiner({"knife": "dagger"}),
+        policy=Policy.from_data({"input": {"llm": {"action": "refine"}}}),
+    )
+    (report,) = guard.check_input("a knife")
+    assert (report.blocked, report.revised_prompt) == (True, None)

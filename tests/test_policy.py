@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from safeguard import Action, Policy, PolicyError, UnknownName
-from safeguard.policy import PRESETS, Rule, Rules
+from safeguard.policy import PRESETS, Rule, Rules, RuntimeRules
 
 STANDARD = """
 name: shop
@@ -172,3 +172,36 @@ def test_policy_cannot_be_changed() -> None:
 def test_switches_are_not_taken_for_numbers(text: str) -> None:
     with pytest.raises(PolicyError, match="must not be true or false"):
         Policy.from_text(text, "yaml")
+
+
+def test_probe_is_off_until_it_is_asked_for() -> None:
+    assert Policy().probe.every == 0
+    assert [Policy.preset(name).probe.every for name in PRESETS] == [0] * len(PRESETS)
+
+
+def test_misspelt_probe_setting_is_refused() -> None:
+    with pytest.raises(PolicyError, match="unknown key 'form_step' in probe; did you mean 'from_step'"):
+        Policy.from_data({"probe": {"every": 5, "form_step": 3}})
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [{"every": -1}, {"from_step": 0}, {"threshold": 1.5}, {"preview": "rgb"}, {"unavailable": "ignore"}],
+)
+def test_probe_that_says_something_invalid_is_refused(probe: dict[str, object]) -> None:
+    with pytest.raises(PolicyError, match=f"probe.{next(iter(probe))}"):
+        Policy.from_data({"probe": probe})
+
+
+def test_what_torch_is_told_is_what_differs_from_the_defaults() -> None:
+    assert RuntimeRules().torch_options == {}
+    assert RuntimeRules(torch_run="compiled").torch_options == {"torch_run": "compiled"}
+    assert RuntimeRules(torch_run="cuda_graphs", torch_dtype="float16").torch_options == {
+        "torch_run": "cuda_graphs",
+        "torch_dtype": "float16",
+    }
+
+
+def test_unknown_way_for_torch_to_run_is_refused() -> None:
+    with pytest.raises(PolicyError, match=r"runtime.torch_run"):
+        Policy.from_data({"runtime": {"torch_run": "graphs"}})

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from safeguard.adapters.messages import judged_turns, text_of
+from safeguard.adapters.messages import judged_turns, other_words, text_of, words_of
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def parts_of(
 
 def _start_of_new(text: str, end: int, markers: Markers, plain: Callable[[str], str]) -> int:
     """Where the last answered turn ends. An answer after which nothing is said counts as new."""
-    start = 0
+    ends: list[int] = []
     last = max(text.rfind(opening) for opening in markers.openings)
     ending = markers.answer_end if markers.answer_end.strip() else markers.user_open
     at = text.find(markers.answer_open)
@@ -153,11 +154,13 @@ def _start_of_new(text: str, end: int, markers: Markers, plain: Callable[[str], 
         if found < 0:
             break
         after = found if ending == markers.user_open else found + len(ending)
-        if after > last or not _named(text, _turns(text, after, end, markers), plain):
+        if after > last:
             break
-        start = after
+        ends.append(after)
         at = text.find(markers.answer_open, after)
-    return start
+    # what is said after one of them is said after all before it, so few need to be looked at
+    known = bisect_left(ends, True, key=lambda a: not _named(text, _turns(text, a, end, markers), plain))
+    return ends[known - 1] if known else 0
 
 
 def _end_of_system(text: str, markers: Markers) -> int:
@@ -231,20 +234,9 @@ def parts_of_messages(
     main = users[-1] if users else turns[-1][0] if turns else None
     places = _places([text_of(m["content"]) for m in messages], text)
     parts = [Part("prompt" if i == main else f"prompt[{i}]", *places[i], said) for i, said in turns]
-    for i, _ in turns:  # a template may write what else a message holds, such as a name
-        for key, value in messages[i].items():
-            if key not in ("role", "content") and (words := words_of(value)):
-                parts.append(Part(f"prompt[{i}].{key}", -1, -1, "\n".join(words)))
+    for i, key, words in other_words(messages, "all" if forged else history):  # a template may write them
+        parts.append(Part(f"prompt[{i}].{key}", -1, -1, words))
     return sorted(parts, key=lambda p: p.name != "prompt")
-
-
-def words_of(value: Any) -> list[str]:
-    """All texts inside a value, however nested, the keys of mappings left out."""
-    if isinstance(value, str):
-        return [value] if value else []
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [word for v in value for word in words_of(v)] if isinstance(value, list | tuple) else []
 
 
 def _places(said: Sequence[Any], text: str) -> list[tuple[int, int]]:

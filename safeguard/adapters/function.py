@@ -10,8 +10,11 @@ from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
 from safeguard import flow
-from safeguard.adapters.messages import is_chat, judged_turns
+from safeguard.adapters.in_place import kept
+from safeguard.adapters.messages import is_chat, judged_turns, other_words
+from safeguard.chunks import texts_of
 from safeguard.driving import adrive, drive
+from safeguard.errors import CheckFailed
 from safeguard.guards import Guard
 from safeguard.judging import Budget, Piece, image_piece, text_piece
 from safeguard.policy import Policy
@@ -45,26 +48,33 @@ def wrap(
     prompt: str | Sequence[str] | None = None,
     task: Task | None = None,
     output: Reader | None = None,
+    stream: bool = False,
 ) -> T:
     """Return a twin of `target` that is guarded; `target` itself stays as it is.
 
     prompt: name of the argument, or names when there are several, the main one first; found by name when not
     given. Arguments with "prompt" in their name are judged as well. task: "llm" for text made from text,
     "t2i" for images; read from the return annotation when not given, else "llm". output: takes what is judged
-    (text or image) out of the result, where the result is something else, such as a response object.
+    (text or image) out of the result, where the result is something else, such as a response object; of a
+    stream, the text out of each chunk, None for a chunk without. stream: a plain function gives back an
+    iterator, a coroutine function an async iterator, such as the response of a client asked to stream;
+    generator functions need not say so. Chunks may be strings or objects with `choices` (`safeguard.chunks`).
 
     The prompt may be a text, a list of texts (the function then gives a list as long) or chat messages.
     Raises TypeError when it cannot be told which argument is the prompt.
     """
     func: Any = target
     if isinstance(func, staticmethod):
-        return cast(T, staticmethod(wrap(func.__func__, guard, prompt=prompt, task=task, output=output)))
+        inner = wrap(func.__func__, guard, prompt=prompt, task=task, output=output, stream=stream)
+        return cast(T, staticmethod(inner))
     if isinstance(func, classmethod):
         raise TypeError("put @guard below @classmethod, so that it wraps the function itself")
     if getattr(func, "__safeguard__", None) is not None:
         raise TypeError(f"{_name(func)} is guarded already")
     signature = inspect.signature(func)
     names = _prompt_names(func, signature, prompt)
+    if stream and task == "t2i":
+        raise ValueError("only text can be streamed, got task 't2i'; leave out stream=True")
     how = task or _task_of(signature)
     modality: Modality = "image" if how == "t2i" else "text"
     guard.route(how, modality)  # what is missing is said now
@@ -75,7 +85,9 @@ def wrap(
     elif inspect.isgeneratorfunction(kind):
         twin = call.stream
     elif inspect.iscoroutinefunction(kind):
-        twin = call.async_once
+        twin = call.async_opened if stream else call.async_once
+    elif stream:
+        twin = call.stream
     else:
         twin = call.once
     return _dressed(twin, func, guard)  # type: ignore[no-any-return]
@@ -173,7 +185,7 @@ def _only_place(signature: inspect.Signature, names: tuple[str, ...]) -> int | N
 
 
 class _Call:
-    """What is known of a guarded function; its four methods are the four kinds of function."""
+    """What is known of a guarded function; its methods are the kinds of function."""
 
     def __init__(
         self,
@@ -207,7 +219,8 @@ class _Call:
             report = flow.make_report(route, job.asks[0], item.texts, item.verdicts, item.asked)
             yield self.guard.settle([report], route.policy.placeholder_text)
             return
-        yield from GuardedStream(self.guard, route, job.asks[0], item).run(job.call(item.texts))
+        read = None if self.output is None else texts_of(self.output)
+        yield from GuardedStream(self.guard, route, job.asks[0], item, read).run(job.call(item.texts))
 
     async def async_stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AsyncGenerator[Any, None]:
         job = _FunctionJob(self, args, kwargs, streamed=True)
@@ -217,10 +230,18 @@ class _Call:
             report = flow.make_report(route, job.asks[0], item.texts, item.verdicts, item.asked)
             yield self.guard.settle([report], route.policy.placeholder_text)
             return
-        stream = GuardedStream(self.guard, route, job.asks[0], item).arun(job.call(item.texts))
+        source = job.call(item.texts)
+        if inspect.isawaitable(source):  # of a coroutine function that gives back its stream
+            source = await source
+        read = None if self.output is None else texts_of(self.output)
+        stream = GuardedStream(self.guard, route, job.asks[0], item, read).arun(source)
         async with aclosing(stream) as texts:
             async for text in texts:
                 yield text
+
+    async def async_opened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        """What a coroutine function that gives back a stream gives back; nothing runs before it is read."""
+        return self.async_stream(args, kwargs)
 
 
 class _FunctionJob:
@@ -280,16 +301,16 @@ class _FunctionJob:
             raise TypeError(f"{_name(self._call.func)} got {', '.join(sorted(twice))} twice")
         found = {n: {**loose, **named}.get(n) for n in self._call.names}
         found.update({n: v for n, v in loose.items() if _says_prompt(n) or (prompts and isinstance(v, str))})
-        return {n: v for n, v in found.items() if v is not None}
+        return {n: kept(v) for n, v in found.items() if v is not None}
 
     def _ask(self, row: int) -> flow.Ask:
         texts: dict[str, str] = {}
         for name, value in self._values.items():
             value = value[row] if _is_batch(value) else value
             if is_chat(value):
-                texts.update(
-                    {f"{name}[{i}]": text for i, text in judged_turns(value, self._call.guard.policy.history)}
-                )
+                history = self._call.guard.policy.history
+                texts.update({f"{name}[{i}]": text for i, text in judged_turns(value, history)})
+                texts.update({f"{name}[{i}].{key}": words for i, key, words in other_words(value, history)})
             else:
                 texts[name] = value  # what is no text is refused by the flow
         return flow.Ask(texts)
@@ -359,6 +380,7 @@ class _FunctionJob:
             if rows is not None and _is_batch(value) and len(value) == self._rows:
                 return [value[i] for i in rows]
             return value
+        value = self._values[name]  # as it was judged: the caller's own may have changed since
         if not _is_batch(value):
             return _put(name, value, texts[0])
         chosen = range(len(texts)) if rows is None else rows
@@ -403,6 +425,9 @@ def _put(name: str, value: Any, texts: flow.Texts) -> Any:
     """An argument with its texts as the flow left them; chat messages are copied, never changed in place."""
     if not is_chat(value):
         return texts.get(name, value)
+    for i, key, words in other_words(value, "all"):
+        if texts.get(place := f"{name}[{i}].{key}", words) != words:
+            raise CheckFailed("safeguard", f"cannot put a new text in the place of {place}")
     return [
         {**turn, "content": texts[f"{name}[{i}]"]} if f"{name}[{i}]" in texts else turn
         for i, turn in enumerate(value)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from safeguard.chunks import named
+
 ANSWERS = frozenset({"assistant", "model", "ai"})
 """Roles whose turns were made by the model."""
 
 INSTRUCTIONS = frozenset({"system", "developer"})
-"""Roles that the application speaks in; its own words are not judged as a user's."""
+"""Roles that the application speaks in, at the beginning: there its words are not judged as a user's."""
 
 
 def is_chat(value: Any) -> bool:
@@ -24,21 +26,53 @@ def is_chat(value: Any) -> bool:
 def judged_turns(messages: Sequence[Any], history: Literal["new", "all"]) -> Iterator[tuple[int, Any]]:
     """Index and content of each turn that is judged.
 
-    Those after the last answer, or all but the application's.
+    Those after the last answer, or all but the application's, which are those at the beginning.
 
-    A conversation that ends in an answer has words put into the model's mouth: those are judged as well.
+    A conversation that ends in answers has words put into the model's mouth: those are judged as well.
 
     Content in parts (`[{"type": "text", "text": ...}]`) is joined; a part that is not text is handed on as it
     is, which the flow refuses as unseen.
     """
-    roles = [str(turn["role"]).strip().lower() for turn in messages]
-    answered = [i for i, role in enumerate(roles[:-1]) if role in ANSWERS]  # a last one is a prefill
-    start = answered[-1] + 1 if answered and history == "new" else 0
-    for i in range(start, len(messages)):
+    roles = _roles(messages)
+    for i in _judged(roles, history):
         content = messages[i]["content"]
-        if roles[i] in INSTRUCTIONS or (roles[i] in ANSWERS and content is None):  # None: a call of a tool
-            continue
-        yield i, text_of(content)
+        if not (roles[i] in ANSWERS and content is None):  # None: a call of a tool
+            yield i, text_of(content)
+
+
+def other_words(messages: Sequence[Any], history: Literal["new", "all"]) -> Iterator[tuple[int, str, str]]:
+    """Index, key and words of what the judged turns hold besides their content: names, calls of tools ...
+
+    A key that is no plain name is told by its number, since it may say anything.
+    """
+    for i in _judged(_roles(messages), history):
+        for place, (key, value) in enumerate(messages[i].items()):
+            if key not in ("role", "content") and (words := words_of(value)):
+                yield i, key if named(key) == key else f"part{place}", "\n".join(words)
+
+
+def words_of(value: Any) -> list[str]:
+    """All texts inside a value, however nested, the keys of mappings left out."""
+    if isinstance(value, str):
+        return [value] if value else []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [word for v in value for word in words_of(v)] if isinstance(value, list | tuple) else []
+
+
+def _roles(messages: Sequence[Any]) -> list[str]:
+    return [str(turn["role"]).strip().lower() for turn in messages]
+
+
+def _judged(roles: Sequence[str], history: Literal["new", "all"]) -> Iterator[int]:
+    """Places of the turns that are judged. What stands at the end as answered is a prefill, if in parts."""
+    size = len(roles)
+    while size and roles[size - 1] in ANSWERS:
+        size -= 1
+    answered = [i for i in range(size) if roles[i] in ANSWERS]
+    start = answered[-1] + 1 if answered and history == "new" else 0
+    first = next((i for i, role in enumerate(roles) if role not in INSTRUCTIONS), 0)
+    yield from range(max(start, first), len(roles))
 
 
 def text_of(content: Any) -> Any:
