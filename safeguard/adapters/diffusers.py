@@ -20,13 +20,14 @@ from safeguard.adapters import diffusers_outputs as outputs
 from safeguard.adapters import pictures
 from safeguard.adapters.diffusers_call import Call
 from safeguard.adapters.diffusers_latents import Decoder
+from safeguard.adapters.diffusers_probe import Probe, usable
 from safeguard.adapters.in_place import keeping_methods
 from safeguard.driving import drive
 from safeguard.errors import CheckFailed
 from safeguard.guards import Guard
 from safeguard.judging import Piece
 from safeguard.policy import Policy
-from safeguard.types import Action, Modality, Span, Task
+from safeguard.types import Action, Modality, Span, Task, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def wrap(target: T, guard: Guard, *, frames: int = MAX_FRAMES) -> T:
     base = type(pipe)
     if getattr(base, "__safeguard__", None) is not None:
         raise TypeError(f"this {base.__name__} is guarded already; build another pipeline for another guard")
-    guard.route("t2i", "image")  # what is missing is said now
+    route = guard.route("t2i", "image")  # what is missing is said now
     members: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -66,7 +67,10 @@ def wrap(target: T, guard: Guard, *, frames: int = MAX_FRAMES) -> T:
     }
     for name in dir(base):
         if name in _GENERATES:
-            members[name] = _guarded(getattr(base, name), base, guard, frames)
+            original = getattr(base, name)
+            members[name] = _guarded(
+                original, base, guard, frames, probed=usable(base, pipe, original, route)
+            )
         elif _REWRITES.fullmatch(name) and callable(getattr(base, name)):
             members[name] = _judged(inspect.getattr_static(base, name), guard)
     # same name and module, so that save_pretrained writes the class it always wrote
@@ -82,15 +86,19 @@ def refuse_modular(target: Any, guard: Guard, **how: Any) -> NoReturn:
     )
 
 
-def _guarded(original: Callable[..., Any], base: type, guard: Guard, frames: int) -> Callable[..., Any]:
+def _guarded(
+    original: Callable[..., Any], base: type, guard: Guard, frames: int, *, probed: bool
+) -> Callable[..., Any]:
     """The method of the guarded class, with the signature and docstring of the original."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def guarded(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         call = Call(signature, (self, *args), kwargs)
-        job = _Job(self, base, functools.partial(original, self), call, guard.policy, frames)
-        outcome = drive(flow.run(guard.route(job.task, job.modality), job))
+        route = guard.route(_Job.task, _Job.modality)
+        probe = functools.partial(Probe, self, route) if probed else None
+        job = _Job(self, base, functools.partial(original, self), call, guard.policy, frames, probe)
+        outcome = drive(flow.run(route, job))
         return guard.settle(outcome.flat, job.result(outcome))
 
     return guarded
@@ -104,7 +112,14 @@ class _Job:
     on_loop = False
 
     def __init__(
-        self, pipe: Any, base: type, generate: Callable[..., Any], call: Call, policy: Policy, frames: int
+        self,
+        pipe: Any,
+        base: type,
+        generate: Callable[..., Any],
+        call: Call,
+        policy: Policy,
+        frames: int,
+        probe: Callable[..., Probe] | None = None,
     ) -> None:
         self.asks: Sequence[flow.Ask] = call.asks()
         if len(self.asks) > policy.max_items:
@@ -112,7 +127,8 @@ class _Job:
                 f"a call may have at most {policy.max_items} items (max_items), got {len(self.asks)}"
             )
         self._pipe, self._base, self._generate, self._call = pipe, base, generate, call
-        self._policy, self._frames = policy, frames
+        self._policy, self._frames, self._probe = policy, frames, probe
+        self._known: list[tuple[Any, Sequence[Verdict]]] = []  # items that the probe stopped
         self._size = _size(pipe, call)
         self._made: outputs.Made | None = None
         self._starts: list[int] = []
@@ -120,7 +136,8 @@ class _Job:
     def first(self, texts: Sequence[flow.Texts | None]) -> list[list[Any]]:
         """Run the whole batch, with an empty text for what was refused, and give each ask its outputs."""
         args, kwargs = self._call.batch(texts)
-        made = self._made = outputs.Made(self._generate(*args, **kwargs))
+        live = [t is not None for t in texts for _ in range(self._call.per_prompt)]
+        made = self._made = self._run(args, kwargs, live)
         items, n = made.items, len(self.asks)
         if not made.readable:  # whatever it is, it belongs to every prompt
             self.asks = [replace(ask, outputs=1) for ask in self.asks]
@@ -143,18 +160,39 @@ class _Job:
             raise CheckFailed("safeguard", "this pipeline's output cannot be made again one by one")
         row = self._starts[ask] + place
         args, kwargs = self._call.single(ask, row, len(made.items), texts)
-        new = outputs.Made(self._generate(*args, **kwargs))
+        new = self._run(args, kwargs)
         if not new.readable or not new.items:
             raise CheckFailed("safeguard", "this pipeline's output cannot be made again one by one")
         return new.items[0]
 
+    def _run(self, args: Any, kwargs: dict[str, Any], live: Sequence[bool] | None = None) -> outputs.Made:
+        """One run of the pipeline, with a probe where there is one."""
+        if self._probe is None:
+            return outputs.Made(self._generate(*args, **kwargs))
+        probe = self._probe(self._decoder(running=True), live)
+        args, kwargs = probe.put_into(self._call.signature, args, kwargs)
+        made = outputs.Made(self._generate(*args, **kwargs))
+        if probe.stopped is not None:
+            known = probe.stopped
+            if not made.readable or len(made.items) != len(known):  # cannot tell which is which: all flagged
+                known = [[v for row in known for v in row]] * len(made.items)
+            self._known += zip(made.items, known, strict=True)
+        return made
+
+    def _decoder(self, *, running: bool = False) -> Decoder:
+        asked = (self._call.get("width"), self._call.get("height"))
+        return Decoder(self._pipe, _sides(asked, _default_size(self._pipe)), running=running)
+
     def pieces(self, items: Sequence[Any], policy: Policy) -> list[Piece]:
         """What the checks see of each output; one that cannot be read does not harm its neighbours."""
-        asked = (self._call.get("width"), self._call.get("height"))
-        decoder = Decoder(self._pipe, _sides(asked, _default_size(self._pipe)))
+        decoder = self._decoder()
         output_type = self._call.get("output_type")
         found: list[Piece] = []
         for item in items:
+            known = next((verdicts for stopped, verdicts in self._known if stopped is item), None)
+            if known:
+                found.append(Piece("output", (), known=tuple(known)))
+                continue
             try:
                 found.append(outputs.piece_of(item, output_type, decoder, self._frames))
             except Exception as exc:

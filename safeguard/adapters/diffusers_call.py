@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from safeguard.adapters.in_place import kept
 from safeguard.flow import Ask, Texts
 
 _PER_ASK = re.compile(r"(?:(?:neg|negative|content|task|source)_)?prompt(?:_\d+)?")
@@ -91,7 +92,7 @@ class TextArgument:
         return dict(zip(self.sources, self.leaves, strict=True))
 
     def with_texts(self, texts: Sequence[Texts | None]) -> Any:
-        """The value of the argument with these texts; the very object that was given where nothing changed.
+        """The value of the argument with these texts; the very texts that were given where nothing changed.
 
         A refused prompt (None) becomes an empty text. A text that goes to all prompts was judged with each of
         them; where it was refined, the words found for the first prompt that is left are taken.
@@ -102,7 +103,7 @@ class TextArgument:
             live = next(t for t in texts if t is not None)
             new = [live[source] for source in self.sources]
         if all(a is b for a, b in zip(new, self.leaves, strict=True)):
-            return self.value
+            return kept(self.value)
         return _replaced(self.value, iter(new), strict=_PROMPT.fullmatch(self.name) is not None)
 
 
@@ -114,7 +115,7 @@ class Call:
     """
 
     def __init__(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._signature = signature
+        self._signature = self.signature = signature
         self._bound = signature.bind(*args, **kwargs)
         self._extra = next(
             (p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None
@@ -211,6 +212,7 @@ class Call:
             if (_FILE.fullmatch(name) and _is_place(value)) or (name in _SETTINGS and _is_word(value)):
                 continue
             strict = _PROMPT.fullmatch(name) is not None
+            value = kept(value)
             try:
                 leaves = tuple(_leaves(value, strict=strict))
             except _Unreadable:

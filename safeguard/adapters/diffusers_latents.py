@@ -9,14 +9,20 @@ _DECODERS = frozenset({"AutoencoderKL", "AutoencoderTiny", "AutoencoderDC"})
 """VAEs whose pipelines all decode `latents / scaling_factor + shift_factor`; of others nothing is assumed."""
 
 
+def decodes(pipe: Any) -> bool:
+    """Whether the latents of this pipeline can be decoded at all, as far as its VAE tells."""
+    return type(getattr(pipe, "vae", None)).__name__ in _DECODERS
+
+
 class Decoder:
     """Decodes one latent as the pipeline itself would; gives None where that is not known for sure.
 
-    size: width and height that were asked for, in pixels; needed for packed latents (Flux).
+    size: width and height that were asked for, in pixels; needed for packed latents (Flux). running: the
+    pipeline is in the middle of a call, so its models are left on the devices where they are.
     """
 
-    def __init__(self, pipe: Any, size: tuple[int, int]) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: Any, size: tuple[int, int], *, running: bool = False) -> None:
+        self._pipe, self._running = pipe, running
         self._width, self._height = size
 
     def __call__(self, latent: Any) -> Any:
@@ -68,7 +74,7 @@ class Decoder:
         finally:
             if upcast:
                 vae.to(dtype=torch.float16)
-            if getattr(self._pipe, "_all_hooks", None):
+            if not self._running and getattr(self._pipe, "_all_hooks", None):
                 self._pipe.maybe_free_model_hooks()
         return (picture[0] / 2 + 0.5).clamp(0, 1)
 

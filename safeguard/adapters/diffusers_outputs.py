@@ -34,7 +34,8 @@ class Made:
         if isinstance(result, tuple):
             self._place = 0 if result else None
         else:
-            self._place = next((f for f in FIELDS if getattr(result, f, None) is not None), None)
+            places = [f for f in FIELDS if getattr(result, f, None) is not None]
+            self._place = places[0] if len(places) == 1 else None  # of several, all but one would go unseen
         self._main = self._get(self._place)
         items = None if self._place is None else _split(self._main)
         self.readable = items is not None

@@ -1,9 +1,9 @@
-"""What a target guarded in place does besides its work: copies stay guarded, pickles are refused."""
+"""What a guarded target does besides its work: copies stay guarded, pickles are refused."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 
@@ -17,6 +17,15 @@ def keeping_methods(instead: str) -> dict[str, Callable[..., Any]]:
         )
 
     return {"__reduce_ex__": refuse_pickle, "__copy__": _copy, "__deepcopy__": _deepcopy}
+
+
+def kept(value: Any) -> Any:
+    """A copy of lists and mappings, so that what is judged is what is handed on, whoever writes to them."""
+    if isinstance(value, Mapping):
+        return {key: kept(part) for key, part in value.items()}
+    if type(value) is tuple:
+        return tuple(map(kept, value))
+    return [kept(part) for part in value] if isinstance(value, list) else value
 
 
 def _copy(self: Any) -> Any:

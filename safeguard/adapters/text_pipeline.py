@@ -61,7 +61,7 @@ def _members(base: Any, guard: Guard) -> dict[str, Any]:
             try:
                 output = base.__call__(self, *args, **kwargs)
             except BaseException:
-                guard.tell(reports)  # what was made before is lost, but not what is known of it
+                guard.tell_unfinished(reports)  # what was made before is lost, but not what is known of it
                 raise
         if isinstance(output, Iterator):  # nothing was generated yet; each step settles for itself
             return output

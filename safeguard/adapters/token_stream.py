@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 from safeguard import flow
 from safeguard.adapters.token_text import TokenText
 from safeguard.driving import drive
+from safeguard.held_text import HeldText
 from safeguard.judging import Budget, strongest
-from safeguard.streams import HeldText
 from safeguard.types import Action, Report
 
 _UNFINISHED = "\ufffd"  # what a decoder writes for the first bytes of a character
@@ -36,9 +37,8 @@ class TokenStream(BaseStreamer):  # type: ignore[misc]  # transformers is untype
         self._ids: list[int] = []
         self._from = self._read = 0  # tokens that the next text is decoded from, and those already read
         self._chars = self._released = 0
-        self._waiting: list[
-            tuple[torch.Tensor, int | None]
-        ] = []  # tokens, and where their text ends once known
+        self._unread: list[torch.Tensor] = []  # tokens whose text is not known yet
+        self._waiting: deque[tuple[torch.Tensor, int]] = deque()  # tokens, and where their text ends
         self._judged: str | None = None
 
     def expect(self, prompt: torch.Tensor | None, shown: torch.Tensor | None) -> None:
@@ -62,10 +62,11 @@ class TokenStream(BaseStreamer):  # type: ignore[misc]  # transformers is untype
             return
         new = [int(i) for i in value.flatten().tolist()]
         self._ids += new
-        self._waiting.append((value, None))
+        self._unread.append(value)
         if chunk := self._new_text():
             self._chars += len(chunk)
-            self._waiting = [(v, self._chars if end is None else end) for v, end in self._waiting]
+            self._waiting += [(v, self._chars) for v in self._unread]
+            self._unread.clear()
             self._release(len(drive(self._held.feed(chunk))))
 
     def end(self) -> None:
@@ -77,12 +78,13 @@ class TokenStream(BaseStreamer):  # type: ignore[misc]  # transformers is untype
             self._judged = self._text.decode(self._ids)
             drive(self._held.finish(self._judged))
         if not self._held.stopped:
-            for value, _ in self._waiting:
+            for value in [*(v for v, _ in self._waiting), *self._unread]:
                 self._streamer.put(value)
         elif self._placeholder:
             for id_ in self._text.encode(self._placeholder):
                 self._streamer.put(torch.tensor([id_]))
-        self._waiting = []
+        self._waiting.clear()
+        self._unread.clear()
         self._streamer.end()
 
     def close(self, made: str) -> None:
@@ -139,12 +141,8 @@ class TokenStream(BaseStreamer):  # type: ignore[misc]  # transformers is untype
     def _release(self, chars: int) -> None:
         """Hand on the tokens whose text ends within what may be released."""
         self._released += chars
-        while self._waiting:
-            value, end = self._waiting[0]
-            if end is None or end > self._released:
-                return
-            del self._waiting[0]
-            self._streamer.put(value)
+        while self._waiting and self._waiting[0][1] <= self._released:
+            self._streamer.put(self._waiting.popleft()[0])
 
 
 def run(route: flow.Route, job: Any, streamer: Any) -> flow.Outcome:

@@ -23,7 +23,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -40,6 +40,7 @@ try:
     from safeguard.adapters import token_stream
     from safeguard.adapters.token_text import TokenText
     from safeguard.adapters.transformers_job import LmJob
+    from safeguard.decoding.loading import Decoder
 except ImportError as exc:
     raise MissingExtra("transformers", extra="torch") from exc
 
@@ -89,11 +90,12 @@ def wrap(target: T, guard: Guard, *, tokenizer: Any = None, task: Task = "llm") 
     if getattr(base, "__safeguard__", None) is not None:
         raise TypeError(f"this {base.__name__} is guarded already; load another model for another guard")
     _refuse_others(model)
-    text = TokenText(_tokenizer_of(model, tokenizer))
+    inner = _tokenizer_of(model, tokenizer)
+    text = TokenText(inner)
     guard.route(task, "text")  # what is missing is said now
-    become_guarded(
-        model, guard, {"generate": _guarded(base.generate, guard, text, task)} | _refusals(base, _CONTINUOUS)
-    )
+    decoder = Decoder.load(guard.policy.decoding, model, inner, beside=guard.folder)
+    generate = _guarded(base.generate, guard, text, task, decoder)
+    become_guarded(model, guard, {"generate": generate} | _refusals(base, _CONTINUOUS))
     return target
 
 
@@ -147,7 +149,9 @@ def _tokenizer_of(model: Any, tokenizer: Any) -> Any:
         raise ValueError(f"no tokenizer of {name!r} {place}; {hint}") from exc
 
 
-def _guarded(original: Callable[..., Any], guard: Guard, text: TokenText, task: Task) -> Callable[..., Any]:
+def _guarded(
+    original: Callable[..., Any], guard: Guard, text: TokenText, task: Task, decoder: Decoder | None
+) -> Callable[..., Any]:
     """The `generate` of the guarded class, with the signature and docstring of the original."""
     signature = inspect.signature(original)
 
@@ -169,12 +173,17 @@ def _guarded(original: Callable[..., Any], guard: Guard, text: TokenText, task: 
         route = guard.route(task, "text")
         model = run.args[0]  # type: ignore[attr-defined]  # a partial
         streamer = named.get("streamer")
+        if decoder is not None:
+            run = decoder.guiding(run, model)
         job = LmJob(model, run, named, text, guard.policy, task, call.chats)
         if streamer is not None and route.outputs.checks:
             outcome = token_stream.run(route, job, streamer)
         else:
             outcome = drive(flow.run(route, job))
-        return job.result(outcome.outputs, outcome.flat), outcome.flat
+        reports = outcome.flat
+        if decoder is not None:
+            reports = [replace(report, decoding=decoder.method) for report in reports]
+        return job.result(outcome.outputs, reports), reports
 
     return generate
 

@@ -12,7 +12,8 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from transformers.utils import ModelOutput
 
 from safeguard import flow
-from safeguard.adapters.chat import Part, words_of
+from safeguard.adapters.chat import Part
+from safeguard.adapters.messages import words_of
 from safeguard.adapters.token_stream import TokenStream
 from safeguard.adapters.token_text import TokenText
 from safeguard.errors import CheckFailed
@@ -119,7 +120,7 @@ class LmJob:
         return "guiding_prompt" if scale is not None and not scale >= 1 else flow.NEGATIVE
 
     def _read(self, row: int) -> list[int]:
-        """Tokens of one prompt. Left out are masked control tokens and masked ends of one repeated token.
+        """Tokens of one prompt. Left out are masked control tokens and masked ends of one repeated sign.
 
         Other masked tokens are read: recurrent models see them in spite of the mask.
         """
@@ -133,10 +134,14 @@ class LmJob:
         for order in (range(len(ids)), range(len(ids) - 1, -1, -1)):
             first = next(iter(order), None)
             for i in order:
-                if first is None or shown[i] or ids[i] != ids[first]:
+                if first is None or shown[i] or ids[i] != ids[first] or self._is_word(ids[i]):
                     break
                 padding.add(i)
         return [id_ for i, id_ in enumerate(ids) if i not in padding]
+
+    def _is_word(self, id_: int) -> bool:
+        """Whether a token says something by itself; such a one is no padding."""
+        return 0 <= id_ <= self.text.largest and any(c.isalnum() for c in self.text.decode([id_]))
 
     def _chat(self, row: int) -> Any:
         return self._chats[row] if self._chats is not None else None

@@ -38,10 +38,10 @@ class Note:
 # --- prompts --------------------------------------------------------------------------------------
 
 
-def test_safe_prompt_reaches_the_pipeline_as_the_very_object_it_was() -> None:
+def test_safe_prompts_reach_the_pipeline_as_the_very_texts_they_were() -> None:
     pipe, prompt = guarded(), ["grey", "a cat"]
     pipe(prompt=prompt)
-    assert pipe.calls[0]["prompt"] is prompt
+    assert list(map(id, pipe.calls[0]["prompt"])) == list(map(id, prompt))
 
 
 @pytest.mark.parametrize(
@@ -430,3 +430,16 @@ def _run(threads: Sequence[threading.Thread]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def test_prompts_changed_while_they_are_judged_go_on_as_they_were_judged() -> None:
+    prompts = ["a cat"]
+
+    class Writing(WordCheck):
+        def __call__(self, batch: Any, /) -> Any:
+            prompts[0] = "a knife"
+            return super().__call__(batch)
+
+    pipe = Guard([Writing("knife")])(Painter())
+    pipe(prompt=prompts)
+    assert pipe.calls[0]["prompt"] == ["a cat"]

@@ -125,3 +125,10 @@ def test_result_without_pictures_is_emptied_when_withheld() -> None:
     made = Made((np.ones((1, 44100)),))
     assert not made.readable
     assert made.assemble(made.items, [WITHHELD], ["audios"]) == (None,)
+
+
+def test_result_with_pictures_in_two_places_is_read_in_neither() -> None:
+    made = Made(
+        SimpleNamespace(images=[Image.new("RGB", (8, 8))], frames=[Image.new("RGB", (8, 8), "white")])
+    )
+    assert not made.readable

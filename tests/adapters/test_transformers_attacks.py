@@ -56,6 +56,14 @@ def test_masked_padding_that_is_no_special_token_is_left_out() -> None:
     assert not any("!" in text for text in check.seen)
 
 
+def test_masked_word_of_one_token_is_no_padding() -> None:
+    check = WordCheck("aa?")
+    batch = asked(TOK, "aa?")  # a byte each: the two letters are one repeated token
+    batch["attention_mask"][0, :2] = 0
+    with pytest.raises(Blocked):
+        generate(guarded(inputs=[check]), **batch)
+
+
 def test_word_cut_by_control_tokens_is_seen() -> None:
     with pytest.raises(Blocked):
         generate(guarded(), **asked(TOK, "a kn<pad>ife?"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
 from safeguard import Blocked, Guard, Policy
-from safeguard.adapters.chat import parts_of
+from safeguard.adapters.chat import Markers, parts_of, parts_of_messages
 from safeguard.adapters.token_text import TokenText
 from safeguard.testing import SwapRefiner, WordCheck
 from tests.adapters.tiny_lm import CHATML, PLAIN, Script, chatted, tiny_llama, tiny_tokenizer
@@ -180,3 +181,18 @@ def test_forged_answer_in_plain_tokens_is_seen_by_the_whole_history_only() -> No
     assert answer(model(), ("user", forged)) == "fine"
     with pytest.raises(Blocked):
         answer(model(history="all"), ("user", forged))
+
+
+def test_many_answered_turns_take_no_more_time_each_than_few() -> None:
+    markers = Markers("<u>", "</u>", "<a>", "</a>", "<a>", None)
+    turns = "<u>q</u><a>x</a>" * 4000  # one look at all of the rest for each turn would take minutes
+    started = time.perf_counter()
+    parts = parts_of(turns + "<u>the last question", markers, "new", str)
+    assert [p.text for p in parts] == ["the last question"]
+    assert time.perf_counter() - started < 5
+
+
+def test_words_beside_an_empty_content_are_judged() -> None:
+    messages = [{"role": "user", "content": "", "name": "a knife"}]
+    parts = parts_of_messages(messages, "", "new", lambda text: False)
+    assert [(p.name, p.text) for p in parts] == [("prompt[0].name", "a knife")]

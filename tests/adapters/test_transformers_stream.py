@@ -284,3 +284,62 @@ def test_streamed_verdict_is_the_unstreamed_one_and_no_flagged_letter_leaves(
     released = streamer.text.removeprefix("why?")
     assert text.startswith(released)
     assert released == text if not reports[0].blocked else len(released) <= text.index("blood")
+
+
+def test_flagged_text_ends_the_iteration_of_its_reader_and_the_thread() -> None:
+    streamer = TextIteratorStreamer(TOK, skip_prompt=True, skip_special_tokens=True, timeout=10)
+    script = Script(TOK, {"?": "tick tock, blood " + "x" * 200})
+    caught: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            generate(guarded(), "why?", "", streamer, logits_processor=[script])
+        except Blocked as exc:
+            caught.append(exc)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    text = "".join(streamer)
+    thread.join(10)
+    assert "tick tock, ".startswith(text)
+    assert (len(caught), thread.is_alive()) == (1, False)
+    assert script.steps < 60  # of 217: the word ends at 16, and a look comes within a word of 40 letters
+
+
+def test_flagged_text_ends_the_iteration_of_an_async_reader() -> None:
+    async def read() -> tuple[str, bool]:
+        streamer = AsyncTextIteratorStreamer(TOK, skip_prompt=True, skip_special_tokens=True, timeout=10)
+        call = asyncio.to_thread(generate, guarded(), "why?", "tick tock, blood and more", streamer)
+        work = asyncio.create_task(call)
+        text = "".join([piece async for piece in streamer])
+        try:
+            await work
+        except Blocked:
+            return text, True
+        return text, False
+
+    text, blocked = asyncio.run(read())
+    assert "tick tock, ".startswith(text)
+    assert blocked
+
+
+def test_streamer_that_gives_up_ends_the_generation() -> None:
+    class Gone(Tokens):
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            if len(self.ids) > 10:
+                raise BrokenPipeError("the reader left")
+
+    script = Script(TOK, {"?": "the sun is up " * 20})
+    with pytest.raises(BrokenPipeError):
+        generate(guarded(), "why?", "", Gone(), logits_processor=[script])
+    assert script.steps < 40
+
+
+def test_long_stream_without_a_sentence_is_not_looked_at_again_and_again() -> None:
+    streamer = Tokens()
+    check = WordCheck("blood")
+    model = guarded(outputs=[check], stream=StreamRules(mode="sentence", step_chars=1, context_chars=8))
+    generate(model, "why?", "tick " * 50, streamer)
+    assert streamer.text == "why?" + "tick " * 50
+    assert len(check.seen) == 1  # at the end
