@@ -1,28 +1,42 @@
-"""One interface over onnxruntime and torch: named arrays in, named arrays out."""
+"""One interface over onnxruntime, torch and TensorRT: named arrays in, named arrays out."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from safeguard.errors import BackendError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Arrays", "Backend", "default_threads", "open_backend", "parse_device"]
+__all__ = [
+    "Arrays",
+    "Backend",
+    "Precision",
+    "default_threads",
+    "open_backend",
+    "parse_device",
+    "tensor_device",
+]
 
 Arrays = Mapping[str, "NDArray[Any]"]
 """Tensor name to array. Axis 0 is always the batch."""
-
+Precision = Literal["float32", "float16", "bfloat16"]
+"""Of a model that torch runs."""
 
 _MOST_THREADS = 4
+_ENGINES = (".engine", ".plan")
 
 
 class Backend(Protocol):
-    """Runs one model. Holds no request data; safe to call from several threads."""
+    """Runs one model. Holds no request data; safe to call from several threads.
+
+    One that takes torch tensors in GPU memory in the place of arrays says so with the attribute
+    `tensor_device`: on which GPU, such as "cuda:0".
+    """
 
     def __call__(self, inputs: Arrays, /) -> dict[str, NDArray[Any]]: ...
 
@@ -35,15 +49,32 @@ def open_backend(
     device: str = "cpu",
     threads: int | None = None,
     external: Collection[str] = (),
+    content: bytes | None = None,
+    dtype: Precision = "float32",
+    compile_with: str | None = None,
 ) -> Backend:
-    """The backend for a model file, chosen by its suffix and nothing else.
+    """The backend for a model file, chosen by its suffix, or for TensorRT by the device, and by nothing else.
 
-    inputs, outputs: tensor names that the model must have. device: "cpu", "cuda" or "cuda:1".
+    inputs, outputs: tensor names that the model must have. device: "cpu", "cuda" or "cuda:1"; "tensorrt" or
+    "tensorrt_rtx" for the engine that was built of an ONNX file.
     threads: CPU threads of one run, at most 4 of those that the process may use by default.
     external: weight files beside an ONNX file that it may read; none by default.
+    content: what an ONNX file holds, where it was read and proven already; the path then only names it.
+    dtype, compile_with: of exported programs (`.pt2`), see `safeguard.backends.torch.ModuleBackend`; every
+    other file has the precision that it was exported with, so asking another of it is a BackendError.
     Raises BackendError when the device is not there (nothing else is tried) or the file is not as described,
     MissingExtra when the runtime is not installed.
     """
+    if path.suffix != ".pt2" and (dtype != "float32" or compile_with is not None):
+        raise BackendError(
+            f"dtype and compile_with are for models that torch runs (.pt2); {path.name} keeps its precision"
+        )
+    if path.suffix in _ENGINES or device.startswith("tensorrt"):
+        from safeguard.backends.tensorrt import open_engine
+
+        return open_engine(
+            path, inputs=inputs, outputs=outputs, device=device, external=external, content=content
+        )
     parse_device(device)
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be 1 or more, got {threads}")
@@ -52,14 +83,27 @@ def open_backend(
             from safeguard.backends.onnx import OnnxBackend
 
             return OnnxBackend(
-                path, inputs=inputs, outputs=outputs, device=device, threads=threads, external=external
+                path,
+                inputs=inputs,
+                outputs=outputs,
+                device=device,
+                threads=threads,
+                external=external,
+                content=content,
             )
         case ".pt2":
             from safeguard.backends.torch import open_exported
 
-            return open_exported(path, inputs=inputs, outputs=outputs, device=device)
+            return open_exported(
+                path, inputs=inputs, outputs=outputs, device=device, dtype=dtype, compile_with=compile_with
+            )
         case suffix:
-            raise BackendError(f"no backend reads {suffix!r} ({path.name}); known: .onnx, .pt2")
+            raise BackendError(f"no backend reads {suffix!r} ({path.name}); known: .onnx, .pt2, .engine")
+
+
+def tensor_device(backend: Backend) -> str | None:
+    """The device whose tensors a backend takes as they are; None for one that takes arrays only."""
+    return getattr(backend, "tensor_device", None)
 
 
 def default_threads() -> int:

@@ -7,6 +7,7 @@ float64, whatever the tower's precision: an error of 1e-3 in a cosine moves Q16'
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from safeguard.backends import Backend
-from safeguard.checks.image_classifier import image_spec, open_model, worst_views
+from safeguard.backends import Backend, tensor_device
+from safeguard.checks.image_classifier import image_spec, rows_of_a_run, worst_views
+from safeguard.checks.opening import open_model
 from safeguard.errors import MissingExtra, PackError
+from safeguard.files import replaced
 from safeguard.images import MAX_FRAMES, Prepared, prepare
 from safeguard.manifest import ImagePreprocess
 from safeguard.packs import Pack, resolve
@@ -163,7 +166,8 @@ class ClipHeads:
     """Runs the tower once per picture and every head on its embedding.
 
     backend: gives image embeddings (picture, dimension) before normalisation. Several views of a picture (see
-    `safeguard.images`) are scored and the worst counts.
+    `safeguard.images`) are scored and the worst counts. Tensors on the device of the backend go through
+    preprocessing and tower there; embeddings come to the host.
     """
 
     modality: Modality = "image"
@@ -210,16 +214,14 @@ class ClipHeads:
         manifest = found.manifest
         return cls(
             open_model(found, device, threads),
-            read_heads(found.path(HEADS_NAME)),
+            read_heads(HEADS_NAME, found.read(HEADS_NAME)),
             image_spec(found),
             name=manifest.name,
             input=manifest.model.inputs[0],
             output=manifest.model.outputs[0],
             digest=found.digest,
             operating_points=manifest.operating_points,
-            batch_size=1
-            if manifest.precision.startswith("int8")
-            else 8,  # neighbours change an int8 model's scores
+            batch_size=rows_of_a_run(manifest, device),
             max_frames=max_frames,
         )
 
@@ -235,7 +237,9 @@ class ClipHeads:
         return [dict(finding.scores) for finding in worst_views(raw, self.labels, prepared)]
 
     def _raw(self, batch: Sequence[Any]) -> tuple[Prepared, NDArray[np.float64]]:
-        prepared = prepare(batch, self._image, max_frames=self._max_frames)
+        prepared = prepare(
+            batch, self._image, max_frames=self._max_frames, keep_on=tensor_device(self._backend)
+        )
         raw = np.empty((len(prepared.array), len(self._heads)))  # (view, head)
         for start in range(0, len(raw), self._batch_size):
             rows = prepared.array[start : start + self._batch_size]
@@ -267,17 +271,22 @@ def write_heads(path: Path, heads: Sequence[PromptPair | Concepts | Perceptron])
         kind = next(kind for kind, made in _KINDS.items() if isinstance(head, made))
         for name in _FIELDS[kind]:
             arrays[f"{head.category}:{kind}:{name}"] = np.ascontiguousarray(getattr(head, name))
-    if path.suffix == ".safetensors":
-        _safetensors().save_file(arrays, path)
-    else:
-        with path.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+    with replaced(path) as part:
+        if path.suffix == ".safetensors":
+            _safetensors().save_file(arrays, part)
+        else:
+            with part.open("wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
 
 
-def read_heads(path: Path) -> list[Head]:
-    """The heads that `write_heads` wrote, by category. PackError for any other file; never unpickles."""
+def read_heads(path: str | Path, content: bytes | None = None) -> list[Head]:
+    """The heads that `write_heads` wrote, by category. PackError for any other file; never unpickles.
+
+    content: what the file holds, where it was read already.
+    """
+    path = Path(path)
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for key, array in sorted(read_arrays(path).items()):
+    for key, array in sorted(read_arrays(path, content).items()):
         category, _, rest = key.partition(":")
         kind, _, name = rest.partition(":")
         if kind not in _KINDS or name not in _FIELDS[kind]:
@@ -289,12 +298,14 @@ def read_heads(path: Path) -> list[Head]:
         raise PackError(f"{path.name} holds no complete head: {exc}") from exc
 
 
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+def read_arrays(path: Path, content: bytes | None = None) -> dict[str, NDArray[Any]]:
     """Arrays of a `.npz`, `.npy` (under the key "array") or `.safetensors` file; PackError for any pickle."""
     try:
+        if content is None:
+            content = path.read_bytes()
         if path.suffix == ".safetensors":
-            return dict(_safetensors().load_file(path))
-        loaded = np.load(path, allow_pickle=False)
+            return dict(_safetensors().load(content))
+        loaded = np.load(io.BytesIO(content), allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return {"array": loaded}
         with loaded:

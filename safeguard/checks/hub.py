@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from safeguard.backends import Backend, Precision
 from safeguard.checks.readout import Activation, Readout
-from safeguard.checks.text_classifier import TextClassifier
+from safeguard.checks.text_classifier import GPU_TOKENS, TextClassifier
 from safeguard.errors import MissingExtra, PackError
 from safeguard.manifest import Window
 from safeguard.packs import canonical_digest, file_digest, is_offline
+from safeguard.runtime.buckets import Buckets
 
 IGNORED_LABELS = frozenset(
     {
@@ -47,18 +49,22 @@ def load(
     device: str = "cpu",
     max_windows: int = 512,
     ignored: Sequence[str] | None = None,
+    torch_run: Literal["eager", "compiled", "cuda_graphs"] = "eager",
+    torch_dtype: Precision = "float32",
 ) -> TextClassifier:
     """A sequence classifier with a fast tokenizer, from the hub, its cache or a folder.
 
     Safetensors only, no code from the hub; with HF_HUB_OFFLINE=1 only the cache is read. ignored: labels of
-    the model that are no risk, those known to be by default. Raises PackError when there is no such model or
-    its labels say nothing, MissingExtra without torch.
+    the model that are no risk, those known to be by default. torch_run: compiled by torch (inductor), or
+    replayed from CUDA graphs; both want `warmup()`. torch_dtype: half precision is for GPUs.
+    Raises PackError when there is no such model or its labels say nothing, BackendError for a device that is
+    not there or cannot do that, MissingExtra without torch.
     """
     try:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
     except ImportError as exc:
         raise MissingExtra("transformers", "torch") from exc
-    from safeguard.backends.torch import ModuleBackend, torch_device
+    from safeguard.backends.torch import torch_device
 
     torch_device(device)  # before anything is downloaded
     options = {"revision": revision, "local_files_only": is_offline(), "trust_remote_code": False}
@@ -73,18 +79,63 @@ def load(
     inputs = [
         n for n in ("input_ids", "attention_mask", "token_type_ids") if n in tokenizer.model_input_names
     ]
-    backend = ModuleBackend(loaded.eval(), inputs=inputs, outputs=("logits",), device=device)
+    window = window_of(loaded.config, tokenizer.model_max_length)
+    in_shapes = device != "cpu" or torch_run != "eager"
+    backend = _backend(
+        loaded.eval(),
+        inputs,
+        Buckets().up_to(window.tokens),
+        torch_run=torch_run,
+        padding=int(tokenizer.pad_token_id or 0),
+        device=device,
+        dtype=torch_dtype,
+    )
     risky = [c for c in columns if c.lower() not in IGNORED_LABELS] if ignored is None else None
     left_out = [c for c in columns if c not in risky] if risky is not None else list(ignored or ())
     return TextClassifier(
         backend,
         tokenizer.backend_tokenizer,
-        Readout(columns, ignored=left_out, activation=_activation(loaded.config)),
-        window_of(loaded.config, tokenizer.model_max_length),
+        Readout(columns, ignored=left_out, activation=activation_of(loaded.config)),
+        window,
         name=name or str(model).rstrip("/").rsplit("/", 1)[-1],
         inputs=inputs,
         digest=_digest(model, loaded.config),
         max_windows=max_windows,
+        max_tokens=4096 if device == "cpu" else GPU_TOKENS,
+        buckets=Buckets() if in_shapes else None,
+    )
+
+
+def _backend(
+    module: Any,
+    inputs: Sequence[str],
+    buckets: Buckets,
+    *,
+    torch_run: str,
+    padding: int,
+    device: str,
+    dtype: Precision,
+) -> Backend:
+    if torch_run not in ("eager", "compiled", "cuda_graphs"):
+        raise ValueError(f"torch_run must be eager, compiled or cuda_graphs, got {torch_run!r}")
+    from safeguard.backends.torch import ModuleBackend
+
+    if torch_run != "cuda_graphs":
+        compiler = "inductor" if torch_run == "compiled" else None
+        return ModuleBackend(
+            module, inputs=inputs, outputs=("logits",), device=device, dtype=dtype, compile_with=compiler
+        )
+    from safeguard.backends.cuda_graphs import GraphBackend, text_inputs
+    from safeguard.backends.engine_spec import Buckets as GraphBuckets
+
+    return GraphBackend(
+        module,
+        inputs=text_inputs(*inputs),
+        outputs=("logits",),
+        buckets=GraphBuckets(lengths=buckets.lengths),
+        device=device,
+        dtype=dtype,
+        padding={"input_ids": padding},
     )
 
 
@@ -108,7 +159,7 @@ def window_of(config: Any, model_max_length: int) -> Window:
     return Window(tokens=tokens, overlap=tokens * (_MAX_TOKENS - _STRIDE) // _MAX_TOKENS)
 
 
-def _activation(config: Any) -> Activation:
+def activation_of(config: Any) -> Activation:
     """Independent sigmoids, unless the model was trained with one right answer."""
     return "softmax" if config.problem_type == "single_label_classification" else "sigmoid"
 

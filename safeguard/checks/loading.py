@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safeguard import registry
@@ -15,11 +17,14 @@ from safeguard.types import Check
 _KIND = re.compile(r"[A-Za-z][\w-]+", re.ASCII)  # two letters or more, so that `C:\pack` is a path
 
 
-def load_check(spec: str, *, device: str = "cpu") -> Check[Any]:
+def load_check(
+    spec: str, *, device: str = "cpu", options: Mapping[str, Any] = MappingProxyType({})
+) -> Check[Any]:
     """The check that a policy names.
 
     spec: "kind:argument" for a kind in the entry-point group `safeguard.checks`, whose factory gets the
-    argument (none after a bare "kind:") and, if it takes one, the device; else name or folder of a pack.
+    argument (none after a bare "kind:") and, of the device and these options, those that it takes; else name
+    or folder of a pack.
     Raises UnknownName for a kind that nobody registered, ValueError for one given no argument that needs it
     (or the reverse), PackNotFound and PackError for packs.
     """
@@ -27,17 +32,17 @@ def load_check(spec: str, *, device: str = "cpu") -> Check[Any]:
     if colon:
         known = registry.names("checks")
         if kind in known:
-            return _made(kind, argument, device)
+            return _made(kind, argument, {**options, "device": device})
         if _KIND.fullmatch(kind) and not Path(spec).exists():
             raise UnknownName("check", kind, known)
     return _from_pack(spec, device)
 
 
-def _made(kind: str, argument: str, device: str) -> Check[Any]:
+def _made(kind: str, argument: str, offered: Mapping[str, Any]) -> Check[Any]:
     factory = registry.load("checks", kind)
     signature = inspect.signature(factory)
     given = (argument,) if argument else ()
-    options = {"device": device} if "device" in signature.parameters else {}
+    options = {name: value for name, value in offered.items() if name in signature.parameters}
     try:
         signature.bind(*given, **options)
     except TypeError as exc:

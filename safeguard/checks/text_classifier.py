@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from safeguard.backends import Backend, default_threads, open_backend
+from safeguard.backends import Backend, default_threads
+from safeguard.checks.opening import open_model
 from safeguard.checks.readout import Readout
 from safeguard.checks.tokens import TokenCutter, Tokens
 from safeguard.errors import PackError
 from safeguard.manifest import Window
 from safeguard.packs import Pack, resolve
+from safeguard.runtime.buckets import Buckets, Run, plan_runs
+from safeguard.runtime.tokenising import tokenise_once
 from safeguard.text import windows
 from safeguard.types import Coverage, Finding, Modality, Scores, Span
 
@@ -28,6 +31,8 @@ TOKENIZER_NAME = "tokenizer.json"
 SPAN_FROM = 0.5
 """Score from which the worst window of a text with several is named as a span."""
 _INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
+GPU_TOKENS = 16_384
+"""Largest run on a GPU; text-embeddings-inference uses the same."""
 _CHARACTERS_PER_TOKEN = 16  # more than any real text has; longer input is refused before it is tokenised
 
 
@@ -42,10 +47,10 @@ class TextClassifier:
     """Scores texts with one trunk and any number of labels.
 
     A text longer than the window is cut into overlapping ones and the largest score of each label counts;
-    nothing is truncated. Windows of similar length share a run, padded to the longest among them. With
-    `isolated` each window has a run of its own, without padding: dynamically quantised models (int8) scale
-    activations over the whole run, so neighbours would change each other's scores. `workers` such runs go
-    side by side.
+    nothing is truncated. Windows of similar length share a run, padded to the longest among them, or with
+    `buckets` to one of a few shapes, so that a GPU's graphs are made once and used again. With `isolated`
+    each window has a run of its own, without padding: dynamically quantised models (int8) scale activations
+    over the whole run, so neighbours would change each other's scores. `workers` such runs go side by side.
 
     inputs: names of the backend's inputs, of input_ids, attention_mask, token_type_ids. output: the name of
     its logits (window, column). max_windows: a text with more raises ValueError. max_tokens: largest run,
@@ -70,6 +75,7 @@ class TextClassifier:
         workers: int = 1,
         max_windows: int = 512,
         max_tokens: int = 4096,
+        buckets: Buckets | None = None,
     ) -> None:
         unknown = sorted(set(inputs) - _INPUTS)
         if unknown:
@@ -85,6 +91,10 @@ class TextClassifier:
         self._inputs, self._output = tuple(inputs), output
         self._workers = workers
         self._max_windows, self._max_tokens = max_windows, 0 if isolated else max_tokens
+        self._buckets = None if isolated or buckets is None else buckets.up_to(window.tokens)
+        self.settings = (
+            f"window={window.tokens},{self._overlap} max_windows={max_windows} labels={self.labels}"
+        )
 
     @classmethod
     def load(
@@ -101,17 +111,14 @@ class TextClassifier:
         if manifest.window is None:  # the manifest's own validation has seen to that
             raise PackError(f"pack {manifest.name!r} has no window")
         isolated = manifest.precision.startswith("int8") and device == "cpu"
-        backend = open_backend(
-            found.model,
-            inputs=manifest.model.inputs,
-            outputs=manifest.model.outputs,
-            device=device,
-            threads=1 if isolated else threads,  # runs of one window gain more from going side by side
-            external=manifest.files,
+        backend = open_model(
+            found,
+            device,
+            1 if isolated else threads,  # runs of one window gain more from going side by side
         )
         return cls(
             backend,
-            read_tokenizer(found.path(TOKENIZER_NAME)),
+            read_tokenizer(found.path(TOKENIZER_NAME), found.read(TOKENIZER_NAME)),
             Readout.of(manifest),
             manifest.window,
             name=manifest.name,
@@ -122,6 +129,8 @@ class TextClassifier:
             isolated=isolated,
             workers=(threads or default_threads()) if isolated else 1,
             max_windows=max_windows,
+            max_tokens=4096 if device == "cpu" else GPU_TOKENS,
+            buckets=None if device == "cpu" else Buckets(),
         )
 
     def __call__(self, batch: Sequence[str], /) -> list[Finding]:
@@ -130,15 +139,29 @@ class TextClassifier:
         Raises TypeError for what is not text and ValueError for a text of more than `max_windows` windows.
         """
         self._refuse(batch)
-        tokens = self._cut(batch)
-        pieces = [piece for i, t in enumerate(tokens) for piece in self._pieces(i, len(t.ids))]
+        tokens = tokenise_once(batch, self._cut.digest, self._cut)
+        cut = [self._pieces(i, len(t.ids)) for i, t in enumerate(tokens)]
+        pieces = [piece for one in cut for piece in one]
         scores = self._scores(pieces, tokens)
         findings = []
         end = 0
-        for t, count in zip(tokens, Counter(p.text for p in pieces).values(), strict=True):
-            start, end = end, end + count
-            findings.append(self._finding(t, pieces[start:end], scores[start:end]))
+        for t, own in zip(tokens, cut, strict=True):
+            start, end = end, end + len(own)
+            findings.append(self._finding(t, own, scores[start:end]))
         return findings
+
+    def warmup(self) -> None:
+        """Run every shape that texts can come in once, so that no caller waits for a graph or a kernel.
+
+        Without buckets that is the shortest and the longest window.
+        """
+        special = self._cut.special_tokens
+        shapes = [(1, special + 1), (1, self._size + special)]
+        if self._buckets is not None:
+            shapes = self._buckets.shapes(self._size + special, self._max_tokens)
+        for rows, length in shapes:
+            ids = np.full((rows, length), self._cut.pad_id, np.int64)
+            self._run(ids, np.ones_like(ids))
 
     def _refuse(self, batch: Sequence[str]) -> None:
         if isinstance(batch, str):
@@ -163,25 +186,13 @@ class TextClassifier:
             )
         return [_Piece(text, start, end) for start, end in found]
 
-    def _runs(self, pieces: Sequence[_Piece]) -> list[list[int]]:
-        """Indices of the pieces that share a run: of similar length, within the budget of tokens."""
-        lengths = [p.end - p.start + self._cut.special_tokens for p in pieces]
-        runs: list[list[int]] = []
-        for i in sorted(range(len(pieces)), key=lengths.__getitem__):
-            if (
-                runs and (len(runs[-1]) + 1) * lengths[i] <= self._max_tokens
-            ):  # sorted: the last one is the longest
-                runs[-1].append(i)
-            else:
-                runs.append([i])
-        return runs
-
     def _scores(self, pieces: Sequence[_Piece], tokens: Sequence[Tokens]) -> NDArray[np.float64]:
         scores = np.empty((len(pieces), len(self.labels)))
-        runs = self._runs(pieces)
+        lengths = [p.end - p.start + self._cut.special_tokens for p in pieces]
+        runs = plan_runs(lengths, self._max_tokens, self._buckets)
 
-        def fill(run: list[int]) -> None:
-            scores[run] = self._score([pieces[i] for i in run], tokens)
+        def fill(run: Run) -> None:
+            scores[list(run.indices)] = self._score(run, [pieces[i] for i in run.indices], tokens)
 
         if self._workers > 1 and len(runs) > 1:
             with ThreadPoolExecutor(min(self._workers, len(runs))) as pool:
@@ -191,19 +202,29 @@ class TextClassifier:
                 fill(run)
         return scores
 
-    def _score(self, run: Sequence[_Piece], tokens: Sequence[Tokens]) -> NDArray[np.float64]:
+    def _score(self, run: Run, pieces: Sequence[_Piece], tokens: Sequence[Tokens]) -> NDArray[np.float64]:
         prefix, suffix = self._cut.prefix, self._cut.suffix
-        longest = max(p.end - p.start for p in run) + self._cut.special_tokens
-        ids = np.full((len(run), longest), self._cut.pad_id, np.int64)  # (window, token)
+        ids = np.full((run.rows, run.length), self._cut.pad_id, np.int64)  # (window, token)
         mask = np.zeros_like(ids)
-        for row, piece in enumerate(run):
+        for row, piece in enumerate(pieces):
             body = tokens[piece.text].ids[piece.start : piece.end]
-            size = len(prefix) + len(body) + len(suffix)
-            ids[row, :size] = np.concatenate([prefix, body, suffix])
+            end = len(prefix) + len(body)
+            size = end + len(suffix)
+            ids[row, : len(prefix)] = prefix
+            ids[row, len(prefix) : end] = body
+            ids[row, end:size] = suffix
             mask[row, :size] = 1
-        arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        outputs = self._backend({name: arrays[name] for name in self._inputs})
-        return self._readout(outputs[self._output], len(run))
+        mask[len(pieces) :] = 1  # rows that only fill the bucket: a row without any token would give NaN
+        logits = self._run(ids, mask)
+        if len(logits) == run.rows:
+            logits = logits[: len(pieces)]
+        return self._readout(logits, len(pieces))
+
+    def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[Any]:
+        arrays = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in self._inputs:
+            arrays["token_type_ids"] = np.zeros_like(ids)
+        return self._backend({name: arrays[name] for name in self._inputs})[self._output]
 
     def _finding(self, tokens: Tokens, pieces: Sequence[_Piece], scores: NDArray[np.float64]) -> Finding:
         worst = scores.max(axis=0)  # keeps NaN
@@ -227,11 +248,16 @@ class TextClassifier:
         return tuple(spans)
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.json`. Raises PackError when it cannot be read."""
+def read_tokenizer(path: Path, content: bytes | None = None) -> Tokenizer:
+    """The tokenizer in a `tokenizer.json`. Raises PackError when it cannot be read.
+
+    content: what the file holds, where it was read already.
+    """
     try:
-        return Tokenizer.from_file(str(path))
+        made = Tokenizer.from_str((path.read_bytes() if content is None else content).decode())
+        made.encode("a")  # a vocabulary without the unknown token only fails here
     except Exception as exc:  # the Rust side raises plain Exception
         raise PackError(
             f"{path.name} is no tokenizer that this version of tokenizers can read: {exc}"
         ) from exc
+    return made

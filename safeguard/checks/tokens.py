@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class TokenCutter:
     """Tokenises whole texts and dresses any window of them in the model's special tokens.
 
     The tokenizer given is copied, never changed. Special tokens written out in a text ("[SEP]") stay plain
-    text.
+    text. digest: SHA-256 of the tokenizer; equal ones give equal tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -42,6 +43,7 @@ class TokenCutter:
         self.pad_id = int(padding.get("pad_id", _pad_id(copy)))
         unknown = getattr(copy.model, "unk_token", None)
         self._unknown_id = copy.token_to_id(unknown) if isinstance(unknown, str) else None
+        self.digest = hashlib.sha256(copy.to_str().encode()).hexdigest()
         copy.encode_special_tokens = True
         self._tokenizer = copy
 

@@ -99,8 +99,8 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match=r"no backend reads '.engine' \(m.engine\); known: .onnx, .pt2"):
-        _open(tmp_path / "m.engine")
+    with pytest.raises(BackendError, match=r"no backend reads '.tflite' \(m.tflite\); known: .onnx, .pt2"):
+        _open(tmp_path / "m.tflite")
 
 
 def test_listed_weights_beside_the_model_are_read(tmp_path: Path) -> None:
@@ -158,3 +158,128 @@ def test_threads_must_be_positive(doubler: Path) -> None:
 
 def test_by_default_a_run_takes_at_most_four_threads() -> None:
     assert 1 <= default_threads() <= 4
+
+
+def test_tensors_of_another_library_are_taken_as_they_are(doubler: Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra torch)")
+
+    y = _open(doubler)({"x": torch.tensor([[1.0, 2.0]], requires_grad=True)})["y"]
+
+    np.testing.assert_array_equal(y, [[2, 4]])
+
+
+def test_a_tensor_on_another_device_is_refused_and_not_moved(doubler: Path) -> None:
+    with pytest.raises(BackendError, match=r"x is on cuda:1 and the model on cpu:0; move it there yourself"):
+        _open(doubler)({"x": _Elsewhere()})
+
+
+def test_a_bound_run_gives_what_a_plain_one_gives(doubler: Path) -> None:
+    from safeguard.backends.onnx_binding import run_bound
+
+    x = np.array([[1, 2], [3, 4]], np.float32)
+    (y,) = run_bound(_open(doubler)._session, {"x": x.T}, ["y"], "cpu")  # not contiguous either
+
+    np.testing.assert_array_equal(y, [[2, 6], [4, 8]])
+
+
+def test_an_address_on_the_device_is_bound_without_a_copy(doubler: Path) -> None:
+    from safeguard.backends import onnx_binding
+
+    x = np.array([[1, 2]], np.float32)
+    session = _open(doubler)._session
+    binding = session.io_binding()
+    onnx_binding._bind_address(binding, "x", _Address(x), "cpu", 0)
+    x[:] = 5  # seen by the run, since nothing was copied
+    binding.bind_output("y", "cpu")
+    session.run_with_iobinding(binding)
+
+    np.testing.assert_array_equal(binding.copy_outputs_to_cpu()[0], [[10, 10]])
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [({"strides": (8, 4)}, "must be contiguous"), ({"mask": object()}, "must have no mask")],
+)
+def test_what_cannot_be_bound_by_its_address_is_refused(told: dict[str, Any], message: str) -> None:
+    from safeguard.backends import onnx_binding
+
+    with pytest.raises(BackendError, match=message):
+        onnx_binding._bind_address(None, "x", _Address(np.ones((1, 2), np.float32), told), "cuda", 0)
+
+
+def test_places_are_read_without_touching_the_data() -> None:
+    from safeguard.backends.onnx_binding import place_of
+
+    assert place_of(np.zeros(1)) == ("cpu", 0)
+    assert place_of(_Elsewhere()) == ("cuda", 1)
+    assert place_of(_Address(np.zeros(1))) == ("cuda", 0)
+    assert place_of([1, 2]) == ("cpu", 0)
+
+
+def test_threads_may_bind_at_the_same_time(doubler: Path) -> None:
+    from safeguard.backends.onnx_binding import run_bound
+
+    session = _open(doubler, threads=1)._session
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(
+            pool.map(
+                lambda i: run_bound(session, {"x": np.full((1, 2), i, np.float32)}, ["y"], "cpu"), range(40)
+            )
+        )
+
+    assert [float(y[0].max()) for y in found] == [2.0 * i for i in range(40)]
+
+
+def test_warming_up_runs_the_model(doubler: Path) -> None:
+    backend = _open(doubler)
+
+    backend.warmup()
+    backend.warmup([{"x": np.ones((4, 2), np.float32)}])
+
+    with pytest.raises(BackendError, match="failed to run"):
+        backend.warmup([{"x": np.ones((4, 3), np.float32)}])
+
+
+def test_cuda_gets_an_arena_that_does_not_double_and_its_limit() -> None:
+    from safeguard.backends.onnx import _provider
+
+    name, options = _provider("cuda", 3, 1_000_000)
+
+    assert name == "CUDAExecutionProvider"
+    assert options["device_id"] == "3"
+    assert options["gpu_mem_limit"] == "1000000"
+    assert options["arena_extend_strategy"] == "kSameAsRequested"
+
+
+@pytest.mark.gpu
+def test_a_tensor_on_the_gpu_is_used_in_place(doubler: Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra torch)")
+    import onnxruntime
+
+    if not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("no CUDA device, or onnxruntime was built without CUDA")
+    x = torch.ones((3, 2), device="cuda") * 2
+
+    np.testing.assert_array_equal(_open(doubler, device="cuda")({"x": x})["y"], np.full((3, 2), 4.0))
+
+
+class _Elsewhere:
+    """A tensor on another device, of which nothing but its place can be had."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 1
+
+
+class _Address:
+    """An array of the host that poses as memory of a device."""
+
+    def __init__(self, array: Any, told: dict[str, Any] | None = None) -> None:
+        self._array = array
+        self.__cuda_array_interface__ = {
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "data": (array.ctypes.data, False),
+            "version": 3,
+            **(told or {}),
+        }

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,78 @@ def test_cuda_where_there_is_none_is_an_error() -> None:
         open_backend(Path("any.pt2"), inputs=("x",), outputs=("y",), device="cuda:77")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_for_cuda(dtype: str) -> None:
+    from safeguard.backends.torch import ModuleBackend
+
+    with pytest.raises(BackendError, match=f"{dtype} is for cuda, the device asked for is cpu"):
+        ModuleBackend(Doubler(), inputs=("x",), outputs=("y",), dtype=dtype)  # type: ignore[arg-type]
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    from safeguard.backends.torch import ModuleBackend
+
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, got 'int8'"):
+        ModuleBackend(Doubler(), inputs=("x",), outputs=("y",), dtype="int8")  # type: ignore[arg-type]
+
+
+def test_a_compiled_module_gives_what_the_module_gives() -> None:
+    from safeguard.backends.torch import ModuleBackend
+
+    backend = ModuleBackend(Doubler(), inputs=("x",), outputs=("y",), compile_with="eager")
+    backend.warmup([{"x": np.ones((2, 2), np.float32)}])
+
+    np.testing.assert_array_equal(backend({"x": np.ones((2, 2), np.float32)})["y"], np.full((2, 2), 2.0))
+
+
+def test_threads_may_share_a_compiled_module() -> None:
+    from safeguard.backends.torch import ModuleBackend
+
+    backend = ModuleBackend(Doubler(), inputs=("x",), outputs=("y",), compile_with="eager")
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(lambda i: backend({"x": np.full((1, 1), i, np.float32)})["y"].item(), range(12))
+        )
+
+    assert found == [2.0 * i for i in range(12)]
+
+
+def test_an_unknown_compiler_is_refused() -> None:
+    from safeguard.backends.torch import ModuleBackend
+
+    with pytest.raises(ValueError, match=r"no torch.compile backend 'gcc'; known: .*inductor"):
+        ModuleBackend(Doubler(), inputs=("x",), outputs=("y",), compile_with="gcc")
+
+
+def test_warming_up_runs_what_it_is_given() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Keeps(Module):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            seen.append(tuple(x.shape))
+            return x
+
+    backend = _backend(Keeps())
+    backend.warmup()
+    backend.warmup([{"x": np.ones((2, 3), np.float32)}])
+
+    assert seen == [(2, 3)]
+
+
+@pytest.mark.gpu
+def test_half_precision_on_the_gpu_gives_float32(program: Path) -> None:
+    from safeguard.backends.torch import ModuleBackend
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    backend = ModuleBackend(
+        torch.nn.Linear(4, 2), inputs=("input",), outputs=("y",), device="cuda", dtype="float16"
+    )
+
+    assert backend({"input": np.ones((1, 4), np.float32)})["y"].dtype == np.float32
+
+
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
     batch = torch.export.Dim("batch")
@@ -117,3 +190,38 @@ def test_the_canary_of_the_test_above_works(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(_Touch(tmp_path / "canary")))
 
     assert (tmp_path / "canary").exists()
+
+
+def test_a_program_can_be_compiled(program: Path) -> None:
+    backend = open_backend(program, inputs=("x",), outputs=("y",), compile_with="eager")
+
+    np.testing.assert_array_equal(backend({"x": np.ones((3, 2), np.float32)})["y"], np.full((3, 2), 2.0))
+
+
+def test_a_program_in_half_precision_is_for_cuda(program: Path) -> None:
+    with pytest.raises(BackendError, match="float16 is for cuda"):
+        open_backend(program, inputs=("x",), outputs=("y",), dtype="float16")
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"compile_with": "inductor"}])
+def test_other_files_keep_the_precision_of_their_export(options: Any) -> None:
+    with pytest.raises(
+        BackendError, match=r"for models that torch runs \(.pt2\); m.onnx keeps its precision"
+    ):
+        open_backend(Path("m.onnx"), inputs=("x",), outputs=("y",), **options)
+
+
+def test_a_tensor_goes_into_the_module_as_it_is() -> None:
+    seen: list[Any] = []
+
+    class Keeps(Module):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            seen.append(x.data_ptr())
+            return x
+
+    x = torch.ones(2, 2)
+    backend = _backend(Keeps())
+    backend({"x": x})
+
+    assert seen == [x.data_ptr()]
+    assert backend.tensor_device is None  # on the CPU checks hand over arrays, as they always did

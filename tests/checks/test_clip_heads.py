@@ -264,3 +264,23 @@ def test_concepts_agree_with_the_safety_checker_of_diffusers() -> None:
     clear = np.abs(raw) > 5e-4  # the original rounds to three digits
     assert clear.sum() > len(raw) / 2
     np.testing.assert_array_equal((raw > 0)[clear], np.array(unsafe)[clear])
+
+
+def test_a_tensor_reaches_a_tower_of_its_device_as_a_tensor(plain_image: ImagePreprocess) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra torch)")
+    kinds: list[type] = []
+
+    def mean_colour(inputs: Any) -> dict[str, Any]:
+        kinds.append(type(inputs["pixel_values"]))
+        return {"image_embeds": np.asarray(inputs["pixel_values"]).mean(axis=(2, 3)) + 0.01}
+
+    head = PromptPair("red", np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]), scale=4.0)
+    red = torch.zeros(3, 20, 30)
+    red[0] = 1.0
+    kept, host = (
+        ClipHeads(FakeBackend(mean_colour, tensor_device=where), [head], plain_image)([red])[0]
+        for where in ("cpu", None)
+    )
+
+    assert kinds == [torch.Tensor, np.ndarray]
+    assert kept.scores["red"] == pytest.approx(host.scores["red"], abs=1e-6)

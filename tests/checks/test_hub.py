@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from safeguard import Guard, Policy
 from safeguard.checks import hub
-from safeguard.errors import PackError
+from safeguard.errors import BackendError, PackError
 from safeguard.manifest import Window
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra torch)")
@@ -196,3 +197,54 @@ def test_the_digest_changes_with_the_weights(tmp_path: Path, tokenizer: Tokenize
     model.save_pretrained(tmp_path)
 
     assert hub.load(tmp_path).digest not in (None, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"torch_run": "cuda_graphs"}, "CUDA graphs need a device cuda, the device asked for is cpu"),
+        ({"torch_dtype": "float16"}, "float16 is for cuda, the device asked for is cpu"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_without_one(
+    tmp_path: Path, tokenizer: Tokenizer, options: Any, message: str
+) -> None:
+    save(tmp_path, tokenizer, TOXIC_BERT)
+
+    with pytest.raises(BackendError, match=message):
+        hub.load(tmp_path, **options)
+
+
+def test_an_unknown_way_to_run_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    save(tmp_path, tokenizer, TOXIC_BERT)
+
+    with pytest.raises(ValueError, match="torch_run must be eager, compiled or cuda_graphs, got 'fast'"):
+        hub.load(tmp_path, torch_run="fast")  # type: ignore[arg-type]
+
+
+def test_the_policy_says_how_torch_runs_a_check(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    save(tmp_path, tokenizer, TOXIC_BERT)
+    guard = Guard(
+        policy=Policy.from_data(
+            {"input": {"llm": {"checks": [f"hub:{tmp_path}"]}}, "runtime": {"torch_run": "cuda_graphs"}}
+        )
+    )
+
+    with pytest.raises(BackendError, match="CUDA graphs need a device cuda"):
+        guard.check_input("good day")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("run", ["compiled", "cuda_graphs"])
+def test_on_a_gpu_every_way_to_run_gives_the_same_scores(
+    tmp_path: Path, tokenizer: Tokenizer, run: Any
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    save(tmp_path, tokenizer, TOXIC_BERT)
+    expected = hub.load(tmp_path)(TEXTS)
+
+    found = hub.load(tmp_path, device="cuda", torch_run=run)(TEXTS)
+
+    for one, other in zip(expected, found, strict=True):
+        assert one.scores == pytest.approx(dict(other.scores), abs=1e-3)

@@ -70,6 +70,99 @@ def test_threads_get_the_scores_of_their_own_pictures(check: ImageClassifier) ->
     assert found == [bool(i % 3) for i in range(40)]
 
 
+def test_tensors_reach_a_backend_of_their_device_as_tensors(plain_image: ImagePreprocess) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra torch)")
+    given: list[Any] = []
+
+    def keep(inputs: Any) -> dict[str, Any]:
+        given.append(inputs["pixel_values"])
+        return {"logits": 8 * given[-1][:, :1].mean(dim=(2, 3)).numpy() - 4}
+
+    check = ImageClassifier(
+        FakeBackend(keep, tensor_device="cpu"), Readout(["red"]), plain_image, batch_size=2
+    )
+    red, blue = torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)
+    red[0], blue[2] = 1.0, 1.0
+
+    found = check([red, blue, RED])  # the picture of PIL joins them
+
+    assert [f.scores["red"] for f in found] == pytest.approx([HIGH, 1 - HIGH, HIGH])
+    assert [type(rows) for rows in given] == [torch.Tensor, torch.Tensor]
+    assert [tuple(rows.shape) for rows in given] == [(2, 3, 16, 16), (1, 3, 16, 16)]
+
+
+def test_scores_of_tensors_are_the_same_on_either_path(plain_image: ImagePreprocess) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra torch)")
+
+    def mean(inputs: Any) -> dict[str, Any]:
+        return {"logits": np.asarray(inputs["pixel_values"]).mean(axis=(2, 3))}
+
+    readout, picture = Readout(["r", "g", "b"]), torch.rand(3, 50, 70, generator=torch.manual_seed(0))
+    host, device = (
+        ImageClassifier(FakeBackend(mean, tensor_device=where), readout, plain_image)([picture])[0]
+        for where in (None, "cpu")
+    )
+
+    # a level is 1 / 255, and few pixels are off by one
+    assert device.scores == pytest.approx(dict(host.scores), abs=1e-4)
+    assert device.coverage == host.coverage
+
+
+def test_what_a_pipeline_gives_as_tensors_is_never_brought_to_the_host(plain_image: ImagePreprocess) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra torch)")
+    from safeguard.adapters.diffusers_outputs import piece_of
+
+    base: Any = torch.Tensor
+
+    class Staying(base):  # type: ignore[misc]  # torch is not followed
+        """Stands for GPU memory: its values, and those of all that is made of it, cannot become an array."""
+
+        def cpu(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError("copied to the host")
+
+        numpy = __array__ = cpu
+
+    given: list[Any] = []
+
+    def mean(inputs: Any) -> dict[str, Any]:
+        given.append(inputs["pixel_values"])
+        return {"logits": np.array(given[-1][:, :1].mean(dim=(2, 3)).tolist()) * 8 - 4}
+
+    made = torch.zeros(2, 3, 40, 40)  # as a diffusers pipeline gives it for output_type="pt"
+    made[1, 0] = 1.0
+    check = ImageClassifier(FakeBackend(mean, tensor_device="cpu"), Readout(["red"]), plain_image)
+
+    decoder: Any = None  # which nothing but latents needs
+    pieces = [piece_of(item, "pt", decoder, 16) for item in made.as_subclass(Staying)]
+    found = check([view for piece in pieces for view in piece.views])
+
+    assert [f.scores["red"] for f in found] == pytest.approx([1 - HIGH, HIGH])
+    assert isinstance(given[0], Staying)
+    with pytest.raises(AssertionError, match="copied to the host"):
+        given[0].cpu()
+
+
+def test_parts_and_turns_of_a_tensor_are_judged_on_its_device(plain_image: ImagePreprocess) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra torch)")
+    from safeguard.images import closer_looks
+
+    backend = FakeBackend(
+        lambda i: {"logits": np.asarray(i["pixel_values"])[:, :1].mean(axis=(2, 3)) * 8 - 4},
+        tensor_device="cpu",
+    )
+    picture = torch.zeros(3, 64, 64)
+    picture[0, :32, :32] = 1.0
+
+    looks = closer_looks(picture, tiles=2, turns=4)
+    found = ImageClassifier(backend, Readout(["red"]), plain_image, batch_size=16)(looks)
+
+    # whole, four quarters, the middle, three turns: a quarter of red, then all of it, then none ...
+    assert [round(f.scores["red"], 2) for f in found] == [
+        *(0.12, 0.98, 0.02, 0.02, 0.02),  # sigmoid(8 / 4 - 4) = 0.12, sigmoid(4) = 0.98, sigmoid(-4) = 0.02
+        *(0.12, 0.12, 0.12, 0.12),  # the middle holds a quarter of red too
+    ]
+
+
 def _load(name: str) -> ImageClassifier:
     try:
         return ImageClassifier.load(name, threads=1)

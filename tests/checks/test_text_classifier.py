@@ -14,6 +14,8 @@ from safeguard.checks.text_classifier import TextClassifier, read_tokenizer
 from safeguard.errors import PackError
 from safeguard.manifest import Window
 from safeguard.packs import seal
+from safeguard.runtime.buckets import Buckets
+from safeguard.runtime.tokenising import TextBatch
 from safeguard.testing import FakeBackend
 from safeguard.types import Coverage, Span
 
@@ -95,6 +97,90 @@ def test_isolated_windows_have_runs_of_their_own_without_padding(
         (1, 10),
     ]  # nine words: two windows of eight
     assert [f.scores["toxic"] > 0.5 for f in found] == [True, False, False]
+
+
+BUCKETS = Buckets(lengths=(4, 8, 16), rows=(1, 2, 4))
+
+
+def test_with_buckets_runs_have_few_shapes_and_the_same_scores(
+    rude_backend: FakeBackend, tokenizer: Tokenizer, readout: Readout, check: TextClassifier
+) -> None:
+    bucketed = TextClassifier(rude_backend, tokenizer, readout, WINDOW, buckets=BUCKETS)
+    texts = ["rude", "good", "the rude day", "good day good day good"]
+    expected = check(texts)
+    rude_backend.shapes.clear()
+
+    assert bucketed(texts) == expected
+    # lengths with special tokens 3, 3, 5, 7: two rows of 4, two rows of 8
+    assert rude_backend.shapes == [(2, 4), (2, 8)]
+
+
+def test_rows_that_only_fill_a_bucket_are_cut_off_again(
+    rude_backend: FakeBackend, tokenizer: Tokenizer, readout: Readout
+) -> None:
+    check = TextClassifier(rude_backend, tokenizer, readout, WINDOW, buckets=BUCKETS)
+
+    found = check(["rude", "good", "rude"])
+
+    assert rude_backend.shapes == [(4, 4)]
+    assert [f.scores["toxic"] > 0.5 for f in found] == [True, False, True]
+
+
+def test_no_bucket_is_longer_than_the_window(
+    rude_backend: FakeBackend, tokenizer: Tokenizer, readout: Readout
+) -> None:
+    TextClassifier(rude_backend, tokenizer, readout, WINDOW, buckets=BUCKETS)(["good day " * 4])
+
+    assert rude_backend.shapes == [(1, 10)]  # eight words and two special tokens fill the window of ten
+
+
+def test_no_row_of_a_run_is_masked_as_a_whole(tokenizer: Tokenizer, readout: Readout) -> None:
+    masks: list[Any] = []
+
+    def keep(inputs: Any) -> dict[str, Any]:
+        masks.append(inputs["attention_mask"])
+        return {"logits": np.zeros((len(inputs["input_ids"]), 2), np.float32)}
+
+    TextClassifier(FakeBackend(keep), tokenizer, readout, WINDOW, buckets=BUCKETS)(["good", "a", "day"])
+
+    assert masks[0].any(axis=1).tolist() == [True, True, True, True]
+
+
+def test_a_backend_that_loses_rows_of_a_bucket_is_refused(tokenizer: Tokenizer, readout: Readout) -> None:
+    backend = FakeBackend(lambda inputs: {"logits": np.zeros((1, 2), np.float32)})
+
+    with pytest.raises(ValueError, match=r"shape \(1, 2\), expected \(3, 2\)"):
+        TextClassifier(backend, tokenizer, readout, WINDOW, buckets=BUCKETS)(["a", "good", "day"])
+
+
+def test_warming_up_runs_every_bucket_once(
+    rude_backend: FakeBackend, tokenizer: Tokenizer, readout: Readout
+) -> None:
+    TextClassifier(rude_backend, tokenizer, readout, WINDOW, buckets=BUCKETS, max_tokens=16).warmup()
+
+    # a window has 10 tokens, and the model no positions for the 16 of the next bucket
+    assert rude_backend.shapes == [(1, 4), (2, 4), (4, 4), (1, 8), (2, 8), (1, 10)]
+
+
+def test_warming_up_without_buckets_runs_the_shortest_and_the_longest_window(
+    check: TextClassifier, rude_backend: FakeBackend
+) -> None:
+    check.warmup()
+
+    assert rude_backend.shapes == [(1, 3), (1, 10)]
+
+
+def test_a_second_classifier_with_the_same_tokenizer_tokenises_nothing_again(
+    rude_backend: FakeBackend, tokenizer: Tokenizer, readout: Readout
+) -> None:
+    batch = TextBatch(["the rude day"])
+    first, second = (TextClassifier(rude_backend, tokenizer, readout, WINDOW) for _ in range(2))
+
+    first(batch)
+    (tokens,) = batch.memo.values()
+
+    assert second(batch) == first(batch)
+    assert list(batch.memo.values()) == [tokens]
 
 
 def test_an_error_in_one_of_several_workers_is_raised(tokenizer: Tokenizer, readout: Readout) -> None:

@@ -55,3 +55,13 @@ def test_a_tokenizer_that_says_nothing_is_refused() -> None:
                 '{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}'
             )
         )
+
+
+def test_equal_tokenizers_have_equal_digests_whatever_they_pad_to(tokenizer: Tokenizer) -> None:
+    before = TokenCutter(tokenizer).digest
+    tokenizer.enable_padding(length=7)
+    same = TokenCutter(tokenizer).digest
+    tokenizer.add_tokens(["another"])
+
+    assert before == same
+    assert TokenCutter(tokenizer).digest != before
