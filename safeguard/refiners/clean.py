@@ -1,7 +1,7 @@
 """Reads what a language model answered when asked for one rewritten prompt: pure functions on text.
 
 A chat model wraps its answer in labels, quotes and remarks, runs on, repeats itself or refuses. `read` puts
-the functions in order and says why an answer is of no use; METHODS (iterative prompt refinement) asks for
+the functions in order and says why an answer is of no use; iterative prompt refinement asks for
 each of these guards.
 """
 

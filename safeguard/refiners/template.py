@@ -7,9 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from safeguard.errors import PackError
+from safeguard.files import write_whole
 
 FILE_NAME = "refiner_template.json"
 _PLACE = "{prompt}"
@@ -65,7 +66,7 @@ class RefinerTemplate(BaseModel):
     def _parse(cls, text: str, where: str) -> RefinerTemplate:
         try:
             return cls.model_validate(json.loads(text))
-        except (ValidationError, json.JSONDecodeError) as exc:
+        except (ValueError, RecursionError) as exc:
             raise PackError(f"{where} is not a refiner template: {exc}") from exc
 
     def fill(self, prompt: str) -> str:
@@ -83,4 +84,4 @@ class RefinerTemplate(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write it as JSON, to lie beside the weights."""
-        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n")

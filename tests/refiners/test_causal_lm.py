@@ -20,6 +20,7 @@ from safeguard.errors import PackError, RefinerError  # noqa: E402
 from safeguard.refiners.causal_lm import CausalLMRefiner  # noqa: E402
 from safeguard.refiners.softener import SpanSoftener  # noqa: E402
 from safeguard.refiners.template import RefinerTemplate  # noqa: E402
+from safeguard.refiners.torch_lm import TorchLM  # noqa: E402
 from safeguard.types import RefineRequest  # noqa: E402
 
 CHAT = (
@@ -101,7 +102,7 @@ def scripted(answer: str | Callable[[str], str], **options: Any) -> tuple[Causal
     tokenizer = make_tokenizer(options.pop("chat", CHAT))
     say = answer if callable(answer) else lambda _: answer + END
     model = Scripted(tokenizer, say, options.pop("window", 4096))
-    return CausalLMRefiner(model, tokenizer, options.pop("template", TEMPLATE), **options), model
+    return CausalLMRefiner(TorchLM(model, tokenizer), options.pop("template", TEMPLATE), **options), model
 
 
 def ask(refiner: CausalLMRefiner, *prompts: str) -> list[str]:
@@ -221,7 +222,7 @@ def test_a_prompt_beyond_the_window_is_left_to_the_fallback() -> None:
 
 def test_megabytes_are_not_even_tokenised() -> None:
     _, model = scripted("a calm man", window=200)
-    refiner = CausalLMRefiner(model, make_tokenizer(kind=NeverAsked), TEMPLATE)
+    refiner = CausalLMRefiner(TorchLM(model, make_tokenizer(kind=NeverAsked)), TEMPLATE)
     prompt = "a" * 3_000_000
     assert ask(refiner, prompt) == [prompt]
     assert model.seen == []
@@ -258,7 +259,7 @@ def test_threads_never_run_the_model_side_by_side() -> None:
 
 
 def test_a_left_padded_batch_equals_one_by_one() -> None:
-    refiner = CausalLMRefiner(make_llama(), make_tokenizer(), TEMPLATE)
+    refiner = CausalLMRefiner(TorchLM(make_llama(), make_tokenizer()), TEMPLATE)
     prompts = ["an angry man", "a", "two ünïcode cats 猫 on a very long red wall"]
     together = refiner._answers(prompts)
     assert together == [refiner._answers([prompt])[0] for prompt in prompts]
@@ -267,7 +268,7 @@ def test_a_left_padded_batch_equals_one_by_one() -> None:
 
 def test_the_tokenizer_of_the_user_is_left_as_it_was() -> None:
     tokenizer = make_tokenizer()
-    ask(CausalLMRefiner(make_llama(), tokenizer, TEMPLATE), "an angry man", "a")
+    ask(CausalLMRefiner(TorchLM(make_llama(), tokenizer), TEMPLATE), "an angry man", "a")
     assert tokenizer.padding_side == "right"
 
 
@@ -275,8 +276,8 @@ def test_sampling_defaults_of_the_model_do_not_make_it_random() -> None:
     model = make_llama()
     model.generation_config.do_sample = True
     model.generation_config.temperature = 5.0
-    refiner = CausalLMRefiner(model, make_tokenizer(), TEMPLATE)
-    plain = CausalLMRefiner(make_llama(), make_tokenizer(), TEMPLATE)
+    refiner = CausalLMRefiner(TorchLM(model, make_tokenizer()), TEMPLATE)
+    plain = CausalLMRefiner(TorchLM(make_llama(), make_tokenizer()), TEMPLATE)
     assert refiner._answers(["an angry man"]) == plain._answers(["an angry man"])
 
 
@@ -291,9 +292,9 @@ def save(folder: Path, template: RefinerTemplate | None = None) -> Path:
 def test_a_folder_is_loaded_with_the_template_beside_its_weights(tmp_path: Path) -> None:
     refiner = CausalLMRefiner.load(save(tmp_path, TEMPLATE))
     assert refiner.template == TEMPLATE
-    assert refiner._answers(["a man"]) == CausalLMRefiner(make_llama(), make_tokenizer(), TEMPLATE)._answers(
-        ["a man"]
-    )
+    assert refiner._answers(["a man"]) == CausalLMRefiner(
+        TorchLM(make_llama(), make_tokenizer()), TEMPLATE
+    )._answers(["a man"])
 
 
 def test_a_folder_without_a_template_gets_the_default_one(tmp_path: Path) -> None:
@@ -321,11 +322,13 @@ def test_an_adapter_is_merged_into_its_base(tmp_path: Path) -> None:
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     adapted.save_pretrained(tmp_path / "adapter")
     TEMPLATE.write(tmp_path / "adapter" / "refiner_template.json")
-    expected = CausalLMRefiner(adapted.merge_and_unload(), make_tokenizer(), TEMPLATE)._answers(["a man"])
+    expected = CausalLMRefiner(TorchLM(adapted.merge_and_unload(), make_tokenizer()), TEMPLATE)._answers(
+        ["a man"]
+    )
     refiner = CausalLMRefiner.load(tmp_path / "adapter")
     assert refiner.template == TEMPLATE
     assert refiner._answers(["a man"]) == expected
-    assert expected != CausalLMRefiner(make_llama(), make_tokenizer(), TEMPLATE)._answers(["a man"])
+    assert expected != CausalLMRefiner(TorchLM(make_llama(), make_tokenizer()), TEMPLATE)._answers(["a man"])
 
 
 def test_an_adapter_in_another_format_is_refused(tmp_path: Path) -> None:
