@@ -53,7 +53,7 @@ def compare(pack: str) -> dict[str, object]:
     medians = {name: round(statistics.median(values), 3) for name, values in times.items()}
     return {
         "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "tokens": tokens,
         "runs": RUNS,
         "median_ms": medians,
