@@ -124,10 +124,12 @@ def calibrate_scores(
     rates: Mapping[str, float] = FALSE_POSITIVE_RATES,
     refit: bool = True,
     floors: Mapping[str, float] | None = None,
+    counted: ArrayLike | None = None,
 ) -> Calibration:
     """As `calibrate`, from scores (item,) that are already there.
 
-    floors: operating point -> lowest threshold, where these texts are easier than those to come.
+    floors: operating point -> lowest threshold, where these texts are easier than those to come. counted:
+    booleans (item,), which harmless items the rates speak of, all by default.
     """
     values, known = np.asarray(scores, np.float64), np.asarray(truth, np.float64)
     unsafe = known > 0.5
@@ -138,8 +140,11 @@ def calibrate_scores(
     slope, offset = fit_scaling(_logit(values), known) if refit else (1.0, 0.0)
     new = scale(values, slope, offset) if refit else values
     lowest = floors or {}
+    harmless = new[~unsafe if counted is None else ~unsafe & np.asarray(counted, bool)]
+    if not len(harmless):
+        raise ValueError(f"calibrating {label!r} needs harmless items among those that are counted, got none")
     thresholds = {
-        point: max(threshold_for(new[~unsafe], rate), lowest.get(point, 0.0)) for point, rate in rates.items()
+        point: max(threshold_for(harmless, rate), lowest.get(point, 0.0)) for point, rate in rates.items()
     }
     return Calibration(
         label,

@@ -162,3 +162,18 @@ def test_a_row_without_a_label_is_refused_with_its_line(tmp_path: Path, row: obj
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"line 1 of rows\.jsonl must have text and label 0 or 1"):
         read_labelled(path)
+
+
+def test_rates_speak_of_the_counted_items_only() -> None:
+    scores = [0.9, 0.8, 0.6, 0.5, 0.1, 0.1, 0.1, 0.1]  # two unsafe; of the harmless only 0.6 and 0.5 count
+    truth = [1, 1, 0, 0, 0, 0, 0, 0]
+    counted = [True, True, True, True, False, False, False, False]
+    rates = {"half": 0.5}
+    every = calibrate_scores("x", scores, truth, rates=rates, refit=False)
+    some = calibrate_scores("x", scores, truth, rates=rates, refit=False, counted=counted)
+    assert every.thresholds["half"] <= 0.5 < some.thresholds["half"] <= 0.6
+
+
+def test_nothing_counted_is_said() -> None:
+    with pytest.raises(ValueError, match="among those that are counted"):
+        calibrate_scores("x", [0.9, 0.1], [1, 0], refit=False, counted=[True, False])

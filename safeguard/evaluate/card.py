@@ -25,6 +25,7 @@ from safeguard.evaluate.classifier import (
 )
 from safeguard.evaluate.metrics import calibration_error, rate_at
 from safeguard.train.augment import DISGUISES, disguise
+from safeguard.train.public_prompts import prompt_rows
 from safeguard.train.text_data import JUDGED, NOISY, Row, hard_rows, read_pack
 
 if TYPE_CHECKING:
@@ -40,11 +41,13 @@ _TOXICITY_SOURCES = (
 )
 
 
-def card_metrics(check: LabelledCheck, data: Path, *, evasion_texts: int = 120) -> dict[str, Any]:
-    """All figures of the card as plain data. data: folder of the data pack."""
+def card_metrics(
+    check: LabelledCheck, data: Path, *, prompts: Sequence[Path] = (), evasion_texts: int = 120
+) -> dict[str, Any]:
+    """All figures of the card as plain data. data: folder of the pack. prompts: wheels, as in training."""
     validation, public = read_pack(data, "validation"), read_pack(data, "public_test")
     standard = check.operating_points["standard"]
-    scored = _Scored(check, [*validation, *public])
+    scored = _Scored(check, [*validation, *prompt_rows(prompts, "validation"), *public])
     return {
         "operating_points": {k: dict(v) for k, v in check.operating_points.items()},
         "sources": _per_source(scored, standard),

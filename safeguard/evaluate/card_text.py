@@ -138,6 +138,7 @@ def card(manifest: Manifest, metrics: Mapping[str, Any]) -> str:
     tables = {
         "name": f"{manifest.name} {manifest.version}",
         "goals": _table(("what", "to reach", "found", "reached"), [goal.line() for goal in goals(metrics)]),
+        "speed": _speed(metrics.get("speed")),
         "points": _points(manifest),
         "sources": _sources(metrics["sources"]),
         "hard": _hard(metrics["hard_test"]),
@@ -161,6 +162,19 @@ def _table(heads: Sequence[str], lines: Sequence[str]) -> str:
 
 def _cell(value: float | None) -> str:
     return "" if value is None or value != value else f"{value:.3f}"
+
+
+def _speed(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "The speed was not measured for this pack; `tests/bench/text_guard.py` does."
+    times = found["median_ms"]
+    cores = "one core" if found["cores"] == 1 else f"{found['cores']} cores"
+    return (
+        f"The speed was measured on {cores} for both ({found['tokens']} tokens, interleaved, medians of "
+        f"{found['runs']} runs,\n`tests/bench/text_guard.py`): one text {times['bert']:.1f} ms in BERT-base, "
+        f"{times['guard']:.2f} ms here; in calls of 16 texts the ratio is\n{found['batch_ratio']:g}, since "
+        "int8 windows run one by one, so that neighbours cannot change a score."
+    )
 
 
 def _points(manifest: Manifest) -> str:

@@ -186,7 +186,7 @@ def dropped_letters(rng: random.Random, text: str, variety: Variety) -> str:
 
 
 def _padding(rng: random.Random, variety: Variety) -> str:
-    most = 4 if variety == "train" else 8
+    most = 6 if variety == "train" else 8
     least = 1 if variety == "train" else 4
     return " ".join(rng.choices(_PADDING[variety], k=rng.randint(least, most)))
 
@@ -246,10 +246,16 @@ _WEIGHTS: dict[str, float] = {
 """How often each is drawn, 1 where absent: more of what normalisation cannot undo."""
 
 
-def disguise(text: str, seed: int, *, name: str | None = None, variety: Variety = "train") -> str:
-    """`text` under the disguise `name`, or under one drawn by weight; the same seed gives the same text."""
-    rng = random.Random(seed)
-    if name is None:
-        names = list(DISGUISES)
-        name = rng.choices(names, [_WEIGHTS.get(n, 1.0) for n in names])[0]
-    return DISGUISES[name](rng, text, variety)
+UNDONE = frozenset({"leetspeak", "spacing", "zero_width", "combining", "homoglyphs", "fullwidth"})
+"""Disguises that normalisation takes off again."""
+
+
+def draw_disguise(rng: random.Random) -> str:
+    """The name of a disguise, drawn by weight."""
+    names = list(DISGUISES)
+    return rng.choices(names, [_WEIGHTS.get(name, 1.0) for name in names])[0]
+
+
+def disguise(text: str, seed: int, *, name: str, variety: Variety = "train") -> str:
+    """`text` under the disguise `name`; the same seed gives the same text."""
+    return DISGUISES[name](random.Random(seed), text, variety)

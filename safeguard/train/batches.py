@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from safeguard.text import normalise as normalise_text
-from safeguard.train.augment import disguise
+from safeguard.train.augment import UNDONE, disguise, draw_disguise
 from safeguard.train.text_data import JUDGED, LABELS, Row
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ Place = tuple[int, int, int]
 
 _PICTURE = re.compile("[\u2190-\u21ff\u2300-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]")
 _CHUNK = 8192
+_LONGEST_PADDED = 200  # characters of a text that is padded: with the padding it mostly fits a window
 
 
 class Settings(Protocol):
@@ -152,14 +153,18 @@ class Batches:
         """The text as it is, normalised, or in disguise.
 
         An unsafe text with emoji is never shown as it is: the tokenizer knows none, and they may be the harm.
+        Nor is one whose disguise normalisation takes off: the guard reads both, and a model that calls
+        garbled letters unsafe would flag harmless ones, too.
         """
-        draw, seed = rng.random(), rng.randrange(2**32)
+        draw, seed, name = rng.random(), rng.randrange(2**32), draw_disguise(rng)
         text = row.text
         unsafe = any(row.targets.get(label, 0.0) > 0.5 for label in JUDGED)
         pictured = unsafe and _PICTURE.search(text) is not None
-        if draw < self._settings.disguised and len(text) < 1500:
-            text = disguise(self._normalise(text) if pictured else text, seed)
-            return self._normalise(text) if seed % 2 else text
+        if draw < self._settings.disguised and len(text) < (
+            _LONGEST_PADDED if name.startswith("padded") else 1500
+        ):
+            text = disguise(self._normalise(text) if pictured else text, seed, name=name)
+            return self._normalise(text) if seed % 2 or (unsafe and name in UNDONE) else text
         if pictured or draw < self._settings.disguised + self._settings.normalised:
             return self._normalise(text)
         return text
@@ -168,7 +173,8 @@ class Batches:
         """A window of a long text: its start, or, where every part tells, any."""
         spare = len(ids) - self._settings.max_tokens
         start = 0
-        if spare > 0 and row.targets.get("toxicity", 0.0) < 0.5 and rng.random() < 0.6:
+        tells = all(row.targets.get(label, 0.0) < 0.5 for label in JUDGED if label != "jailbreak")
+        if spare > 0 and tells and rng.random() < 0.6:
             start = rng.randint(0, spare)
         return Example.cut(ids, self._settings.max_tokens, start)
 

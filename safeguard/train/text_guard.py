@@ -22,10 +22,13 @@ from safeguard.checks.text_classifier import TextClassifier
 from safeguard.errors import MissingExtra
 from safeguard.evaluate.card_text import card
 from safeguard.evaluate.classifier import score_texts
+from safeguard.files import write_whole
 from safeguard.packs import read_pack as open_pack
 from safeguard.packs import seal
 from safeguard.train.benign_prompts import code_rows
 from safeguard.train.classifier import ClassifierConfig, build_model, own_rows
+from safeguard.train.int8_graph import Activations
+from safeguard.train.public_prompts import prompt_rows
 from safeguard.train.text_data import JUDGED, NOISY, Row, digests, hard_rows, read_pack, unique
 from safeguard.train.text_pack import export_float, open_session, write_text_pack
 from safeguard.train.toxicity_teacher import add_teacher
@@ -47,17 +50,24 @@ RATES: Mapping[str, Mapping[str, float]] = {
 """Judged label -> operating point -> wanted false positives; higher for toxicity, whose labels are noisy."""
 
 
+_FLOORS: Mapping[str, float] = {"lenient": 0.5, "standard": 0.3, "strict": 0.15}
 FLOORS: Mapping[str, Mapping[str, float]] = {
-    "toxicity": {"lenient": 0.5, "standard": 0.3, "strict": 0.15},
-    "t2i_prompt": {"lenient": 0.5, "standard": 0.3, "strict": 0.15},
+    "toxicity": _FLOORS,
+    "t2i_prompt": _FLOORS,
     "llm_request": {"lenient": 0.7, "standard": 0.5, "strict": 0.25},
-    "jailbreak": {"lenient": 0.6, "standard": 0.4, "strict": 0.15},
+    "jailbreak": _FLOORS,
 }
 """Lowest thresholds: where validation is too easy to say, new texts are harder than it."""
 
+_PROMPTS = frozenset(
+    {"awesome_chatgpt_prompts", "openai_evals", "writingbench", "swe_lancer", "stdlib_code", "hard_safe"}
+)
+_COUNTED: Mapping[str, frozenset[str]] = {"llm_request": _PROMPTS, "jailbreak": _PROMPTS}
+"""Judged label -> sources whose harmless rows are what it will see: captions would flatter its rates."""
 
-def validation_rows(data: Path, teacher: Path | None = None) -> list[Row]:
-    """The pack's validation rows with their harmless twins, our own validation templates, and code.
+
+def validation_rows(data: Path, teacher: Path | None = None, prompts: Sequence[Path] = ()) -> list[Row]:
+    """The pack's validation rows with their harmless twins, our own validation templates, code and prompts.
 
     teacher: folder of the toxicity teacher; with it, rows of sources that label hatred of groups only say
     nothing of toxicity where they are insults or threats to single people, as in training.
@@ -68,7 +78,13 @@ def validation_rows(data: Path, teacher: Path | None = None) -> list[Row]:
         rows = add_teacher(rows, teacher)
     twins = [row.twin for row in rows if row.twin is not None]
     return unique(
-        [*rows, *twins, *hard_rows("hard_text_validation.toml"), *code_rows("validation", count=400)]
+        [
+            *rows,
+            *twins,
+            *hard_rows("hard_text_validation.toml"),
+            *code_rows("validation", count=400),
+            *prompt_rows(prompts, "validation"),
+        ]
     )
 
 
@@ -79,18 +95,21 @@ def calibrations(check: TextClassifier, rows: Sequence[Row]) -> list[Calibration
     for label in JUDGED:
         known = [i for i, row in enumerate(rows) if label in row.targets]
         truth = [int(rows[i].targets[label] > 0.45) for i in known]
-        column = check.labels.index(label)
+        counted = [label not in _COUNTED or rows[i].source in _COUNTED[label] for i in known]
+        column = scores[known, check.labels.index(label)]
         found.append(
-            calibrate_scores(label, scores[known, column], truth, rates=RATES[label], floors=FLOORS[label])
+            calibrate_scores(label, column, truth, rates=RATES[label], floors=FLOORS[label], counted=counted)
         )
     return found
 
 
-def sources(data: Path) -> list[dict[str, Any]]:
+def sources(data: Path, prompts: Sequence[Path] = ()) -> list[dict[str, Any]]:
     """Every source of the training rows with its licence, address and number of rows."""
     text = (resources.files("safeguard.train") / "data" / "sources.toml").read_text(encoding="utf-8")
     known = tomllib.loads(text)["source"]
-    counts = Counter(row.source for row in unique(read_pack(data, "train") + own_rows()))
+    counts = Counter(
+        row.source for row in unique([*read_pack(data, "train"), *own_rows(), *prompt_rows(prompts)])
+    )
     return [{"name": name, "rows": count, **known[name]} for name, count in counts.items()]
 
 
@@ -103,7 +122,9 @@ def build_text_guard(
     name: str = "text-guard-s",
     version: str = "1.0.0",
     teacher: Path | None = None,
+    prompts: Sequence[Path] = (),
     keep: Sequence[str] = (),
+    activations: Activations | None = None,
 ) -> tuple[Manifest, list[Calibration]]:
     """Writes the pack of a run into `out` and calibrates it; other files already there are listed with it."""
     fields = {
@@ -111,12 +132,12 @@ def build_text_guard(
         "version": version,
         "summary": "Toxicity, unsafe image prompts, harmful requests, jailbreaks in text; MiniLM-L6, int8.",
         "license": "Apache-2.0",
-        "data": sources(data),
+        "data": sources(data, prompts),
         "notes": "data digests: "
-        + ", ".join(f"{file} {digest[:16]}" for file, digest in digests(data).items()),
+        + ", ".join(f"{file} {digest[:16]}" for file, digest in digests(data, prompts).items()),
     }
-    write_text_pack(run, out, fields, config, keep=keep)
-    found = calibrations(TextClassifier.load(out), validation_rows(data, teacher))
+    write_text_pack(run, out, fields, config, keep=keep, activations=activations)
+    found = calibrations(TextClassifier.load(out), validation_rows(data, teacher, prompts))
     return write_calibration(out, found), found
 
 
@@ -127,8 +148,8 @@ def write_card(out: Path, metrics: Mapping[str, Any]) -> Manifest:
     """
     manifest, figures = open_pack(out).manifest, _without_nan(metrics)
     text = json.dumps(figures, indent=1, sort_keys=True, allow_nan=False)
-    (out / "metrics.json").write_text(text + "\n", encoding="utf-8")
-    (out / "README.md").write_text(card(manifest, figures), encoding="utf-8")
+    write_whole(out / "metrics.json", text + "\n")
+    write_whole(out / "README.md", card(manifest, figures))
     return seal(out, manifest.model_dump(mode="json", exclude={"files"}))
 
 

@@ -16,21 +16,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from safeguard.errors import MissingExtra
+from safeguard.exporters.narrow import RowScaledEmbedding, RowScaledLinear
+from safeguard.exporters.optimise import quantise
+from safeguard.exporters.text_classifier import write_token_graph
+from safeguard.files import replaced
 from safeguard.packs import seal
 from safeguard.train.classifier import (
     ClassifierConfig,
     TextHeads,
     build_model,
     read_trunk_tokenizer,
-    row_scales,
 )
+from safeguard.train.int8_graph import Activations, rewrite
 from safeguard.train.text_data import HEADS, LABELS
 
 try:
-    import onnx
     import torch
     from onnxruntime import InferenceSession
-    from onnxruntime.quantization import QuantType, quantize_dynamic
     from torch import Tensor, nn
 except ImportError as exc:
     raise MissingExtra(exc.name or "onnx", "export") from exc
@@ -42,37 +44,6 @@ if TYPE_CHECKING:
 
 OPSET = 23
 _TOLERANCE = 2e-3  # of logits, ONNX fp32 against torch fp32
-
-
-class RowScaledEmbedding(nn.Module):  # type: ignore[misc]  # torch is not followed
-    """An embedding table in int8 with one scale per row."""
-
-    def __init__(self, table: Tensor) -> None:
-        super().__init__()
-        scales = row_scales(table)
-        self.register_buffer("weight", torch.round(table / scales).to(torch.int8))
-        self.register_buffer("scales", scales)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Rows of the table for integer ids, float32."""
-        rows: Tensor = self.weight[ids].to(torch.float32)
-        return rows * self.scales[ids]
-
-
-class RowScaledLinear(nn.Module):  # type: ignore[misc]  # torch is not followed
-    """A linear layer with weights in int8, one scale per output, and float32 activations."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight = linear.weight.detach()
-        scales = row_scales(weight)
-        self.register_buffer("weight", torch.round(weight / scales).to(torch.int8))
-        self.register_buffer("scales", scales)
-        self.register_buffer("bias", linear.bias.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return nn.functional.linear(x, self.weight.to(torch.float32) * self.scales, self.bias)
 
 
 def _narrow_sensitive(model: TextHeads) -> None:
@@ -95,20 +66,7 @@ def export_float(model: TextHeads, path: Path, *, narrow: bool = True) -> None:
     model = model.eval()
     if narrow:
         _narrow_sensitive(model)
-    ids, mask = _example(3, 11)
-    batch, tokens = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("token", min=2, max=512)
-    torch.onnx.export(
-        model,
-        (ids, mask),
-        str(path),
-        input_names=["input_ids", "attention_mask"],
-        output_names=["logits"],
-        dynamic_shapes=({0: batch, 1: tokens}, {0: batch, 1: tokens}),
-        opset_version=OPSET,
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    write_token_graph(model, path, model.trunk.config.vocab_size, 512, flavour="native", opset=OPSET)
     session = open_session(path)
     for rows, length in ((1, 7), (5, 29)):
         ids, mask = _example(rows, length)
@@ -130,23 +88,6 @@ def _example(rows: int, length: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def quantise(source: Path, target: Path, *, keep: Sequence[str] = ()) -> None:
-    """Dynamic int8 of all linear layers, per channel; `keep` names nodes that stay float32."""
-    model = onnx.load(source)
-    del model.graph.value_info[:]  # the exporter's shapes are stale to the quantiser
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / "plain.onnx"
-        onnx.save(model, plain)
-        quantize_dynamic(
-            plain,
-            target,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_exclude=list(keep),
-        )
-
-
 def open_session(path: Path, threads: int = 1) -> InferenceSession:
     """An ONNX Runtime session on the CPU."""
     from onnxruntime import SessionOptions
@@ -164,17 +105,26 @@ def write_text_pack(
     config: ClassifierConfig,
     *,
     keep: Sequence[str] = (),
+    activations: Activations | None = None,
 ) -> Manifest:
     """Exports, quantises and seals the model of a run as a pack in `out`.
 
-    fields: what the manifest says beyond what is fixed here (name, version, license, data, ...).
+    fields: what the manifest says beyond what is fixed here (name, version, license, data, ...). activations:
+    the graph is written anew with the same weights, see `int8_graph.rewrite`; None leaves it as quantised. So
+    does `keep`, and pooling by the first token.
     """
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "float.onnx"
         export_float(build_model(run, config), plain)
-        quantise(plain, out / "model.onnx", keep=keep)
-    read_trunk_tokenizer(run).save(str(out / "tokenizer.json"), pretty=False)
+        with replaced(out / "model.onnx") as part:
+            plain_graph = activations is None or bool(keep) or config.pooling != "mean"
+            narrow = part if plain_graph else Path(folder) / "int8.onnx"
+            quantise(plain, narrow, keep=keep)
+            if narrow != part:
+                rewrite(narrow, part, activations=activations or "run")
+    with replaced(out / "tokenizer.json") as part:
+        read_trunk_tokenizer(run).save(str(part), pretty=False)
     fixed: dict[str, Any] = {
         "kind": "text_classifier",
         "model": {"file": "model.onnx", "inputs": ["input_ids", "attention_mask"], "outputs": ["logits"]},

@@ -4,7 +4,17 @@ import random
 
 import pytest
 
-from safeguard.train.augment import _HOMOGLYPHS, _LEET, _PADDING, _ZERO_WIDTH, DISGUISES, disguise
+from safeguard.text import normalise
+from safeguard.train.augment import (
+    _HOMOGLYPHS,
+    _LEET,
+    _PADDING,
+    _ZERO_WIDTH,
+    DISGUISES,
+    UNDONE,
+    disguise,
+    draw_disguise,
+)
 
 TEXT = "Please water the garden before sunset"
 
@@ -49,9 +59,16 @@ def test_look_alikes_of_the_varieties_are_of_different_scripts() -> None:
     assert _LEET["train"] != _LEET["test"]
 
 
-def test_unnamed_disguise_is_drawn_by_the_seed() -> None:
-    drawn = {disguise(TEXT, seed) for seed in range(30)}
-    assert len(drawn) > 10
+def test_every_disguise_is_drawn_some_time() -> None:
+    rng = random.Random(0)
+    assert {draw_disguise(rng) for _ in range(600)} == set(DISGUISES)
+
+
+@pytest.mark.parametrize("name", sorted(UNDONE))
+def test_what_counts_as_undone_is_taken_off_by_normalisation(name: str) -> None:
+    undone = normalise(disguise(TEXT, 3, name=name)).text
+    words = set(TEXT.lower().split())
+    assert len(words & set(undone.lower().split())) >= 0.6 * len(words)
 
 
 def test_dropping_leaves_words_of_three_letters_alone() -> None:

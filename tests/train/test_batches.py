@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from itertools import islice
 from pathlib import Path
 
@@ -78,3 +79,20 @@ def test_unsafe_emoji_are_never_shown_as_unknown_tokens(tmp_path: Path) -> None:
     settings = ClassifierConfig(disguised=0, normalised=0)
     batch, _ = next(Batches(rows, tokenizer, settings).from_place((0, 0, 0)))
     assert tokenizer.token_to_id("[UNK]") not in batch.input_ids
+
+
+def views(tmp_path: Path, target: float) -> set[str]:
+    """What is shown of one text in zero-width disguise, decoded."""
+    rows = [Row("you are awful", "s", "train", {"toxicity": target})]
+    settings = ClassifierConfig(disguised=1, normalised=0, repeats={"s": 400})
+    batches = Batches(rows, read_trunk_tokenizer(write_trunk(tmp_path)), settings)
+    rng = random.Random(0)
+    return {batches._view(rows[0], rng) for _ in range(400)}
+
+
+def test_an_unsafe_text_is_never_shown_in_a_disguise_that_is_taken_off(tmp_path: Path) -> None:
+    assert not any("\u200b" in view for view in views(tmp_path, 1.0))
+
+
+def test_a_harmless_text_is_shown_in_disguise_too(tmp_path: Path) -> None:
+    assert any("\u200b" in view for view in views(tmp_path, 0.0))

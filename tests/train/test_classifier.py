@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +11,22 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from safeguard.errors import ExportError
+from safeguard.exporters.narrow import row_scales
 from safeguard.train.classifier import (
     ClassifierConfig,
     build_model,
     load_model,
-    masked_loss,
-    pair_loss,
     predict,
     rate,
     read_trunk_tokenizer,
     round_inputs,
-    row_scales,
     source_aurocs,
     train_classifier,
 )
+from safeguard.train.losses import masked_loss, pair_loss
 from safeguard.train.text_data import JUDGED, LABELS, Row
+from tests.faults.faults import full_disk
 from tests.train.tiny_text import write_pack, write_trunk
 
 NAN = float("nan")
@@ -104,9 +106,34 @@ def test_unknown_setting_is_refused() -> None:
         ClassifierConfig.model_validate({"learning_rat": 1})
 
 
-def test_shipped_recipe_is_valid() -> None:
-    path = Path(__file__).parents[2] / "safeguard" / "train" / "recipes" / "text_guard_s.toml"
+@pytest.mark.parametrize("name", ["text_guard_s_1", "text_guard_s_2", "text_guard_s"])
+def test_shipped_recipe_is_valid(name: str) -> None:
+    path = Path(__file__).parents[2] / "safeguard" / "train" / "recipes" / f"{name}.toml"
     assert ClassifierConfig.read(path).max_tokens == 128
+
+
+def test_a_later_stage_goes_on_from_the_weights_and_tells_of_the_first(
+    trunk: Path, data: Path, tmp_path: Path
+) -> None:
+    train_classifier(tiny(trunk, steps=2), data, tmp_path / "one", progress=False)
+    first = tmp_path / "one" / "model.safetensors"
+    config = tiny(trunk, steps=1, learning_rate=1e-12, head_learning_rate=1e-12, init=str(first))
+    result = train_classifier(config, data, tmp_path / "two", progress=False)
+    before, after = load_file(first), load_file(tmp_path / "two" / "model.safetensors")
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+    assert result.metrics["init"]["config"]["steps"] == 2
+    assert result.metrics["config"]["init"] == "model.safetensors"  # no path of this machine
+
+
+def test_prompts_of_wheels_are_trained_on_and_named(trunk: Path, data: Path, tmp_path: Path) -> None:
+    wheel = tmp_path / "evals.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        lines = "\n".join(json.dumps({"input": f"how do i bake bread in window {i}"}) for i in range(20))
+        archive.writestr("evals/registry/data/bread/samples.jsonl", lines)
+    plain = train_classifier(tiny(trunk, steps=1), data, tmp_path / "plain", progress=False)
+    more = train_classifier(tiny(trunk, steps=1), data, tmp_path / "more", prompts=[wheel], progress=False)
+    assert more.metrics["rows"] == plain.metrics["rows"] + 20
+    assert "evals.whl" in more.metrics["data"]
 
 
 def test_training_writes_weights_config_tokenizer_and_metrics(
@@ -138,6 +165,29 @@ def test_resumed_run_ends_like_an_unbroken_one(trunk: Path, data: Path, tmp_path
     train_classifier(tiny(trunk, decay_fraction=0.25), data, tmp_path / "broken", progress=False)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
     assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
+
+
+def test_full_disk_leaves_the_last_checkpoint_whole(trunk: Path, data: Path, tmp_path: Path) -> None:
+    train_classifier(tiny(trunk, steps=4), data, tmp_path, progress=False)  # which has one, of step 4
+    before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()}
+    weights = (tmp_path / "model.safetensors").read_bytes()
+
+    with full_disk(2000), pytest.raises(Exception, match=r"too large|I/O|os error 27|unexpected pos"):
+        train_classifier(tiny(trunk, steps=8), data, tmp_path, progress=False)
+
+    assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()} == before
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_folder_that_is_no_checkpoint_is_refused_before_training(
+    trunk: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "mine.txt").write_text("mine", encoding="utf-8")
+
+    with pytest.raises(ExportError, match=r"no folder with a state.json, so it is not replaced"):
+        train_classifier(tiny(trunk), data, tmp_path, progress=False)
 
 
 def test_training_learns_the_tiny_task(trunk: Path, data: Path, tmp_path: Path) -> None:

@@ -9,17 +9,14 @@ import torch
 
 from safeguard.checks.text_classifier import TextClassifier
 from safeguard.evaluate.card import card_metrics
+from safeguard.evaluate.text_guard import make_text_guard
+from safeguard.exporters.narrow import RowScaledEmbedding, RowScaledLinear
+from safeguard.exporters.optimise import quantise
 from safeguard.packs import resolve
 from safeguard.train.classifier import ClassifierConfig, TextHeads, load_model, train_classifier
 from safeguard.train.text_data import JUDGED, LABELS, Row, clean
 from safeguard.train.text_guard import build_text_guard, flips, sources, write_card
-from safeguard.train.text_pack import (
-    RowScaledEmbedding,
-    RowScaledLinear,
-    export_float,
-    open_session,
-    quantise,
-)
+from safeguard.train.text_pack import export_float, open_session
 from tests.train.tiny_text import write_pack, write_trunk
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
@@ -161,3 +158,19 @@ def test_card_and_metrics_become_part_of_the_pack(pack: Path, data: Path, tmp_pa
     found = resolve(copy)
     assert {"README.md", "metrics.json", "model.onnx", "tokenizer.json"} == found.manifest.files.keys()
     assert found.path("README.md").read_text(encoding="utf-8").startswith("# tiny-guard 1.0.0")
+
+
+def test_one_call_makes_the_pack_with_its_card(run: Path, data: Path, tmp_path: Path) -> None:
+    goals = make_text_guard(
+        run, data, tmp_path / "made", name="tiny-guard", version="2.0.0", activations=None
+    )
+    manifest = resolve(tmp_path / "made").manifest
+    assert (manifest.name, manifest.version) == ("tiny-guard", "2.0.0")
+    assert {"README.md", "metrics.json"} <= manifest.files.keys()
+    assert any("CoProV2" in goal.what for goal in goals)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]  # nothing else is left
+
+
+def test_a_pack_is_never_written_over(run: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="give a new folder"):
+        make_text_guard(run, data, tmp_path)
