@@ -26,7 +26,7 @@ State = Literal["ok", "missing", "problem", "note"]
 
 _OPTIONAL: tuple[str, ...] = (
     *("onnxruntime", "onnxruntime-gpu", "torch", "transformers", "diffusers", "accelerate", "safetensors"),
-    *("onnx", "onnxscript", "huggingface-hub", "gguf"),
+    *("onnx", "onnxscript", "huggingface-hub", "gguf", "tensorrt-rtx", "tensorrt-cu13", "tensorrt-cu12"),
 )
 _REQUIREMENT = re.compile(r"([\w.-]+)\s*(?:\[([\w,\s.-]*)\])?\s*([^;]*?)\s*(?:;\s*(.*))?")
 _EXTRA = re.compile(r"extra\s*==\s*['\"]([\w.-]+)['\"]")
@@ -35,6 +35,7 @@ _CUDA = """
 import json, torch
 print(json.dumps([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]))
 """
+_VERSION = "import json, {0}; print(json.dumps([{0}.__version__]))"
 _PATIENCE_S = 120.0
 _HUB_PATIENCE_S = 3.0
 
@@ -69,7 +70,16 @@ class Diagnosis:
 
 def examine(*, offline: bool = False, deep: bool = False) -> Diagnosis:
     """Look at everything. offline: do not try the hub. deep: import torch, in a process of its own."""
-    parts = (_python(), _core(), _extras(), _runtime(), _torch(deep=deep), _presets(), _language_model())
+    parts = (
+        _python(),
+        _core(),
+        _extras(),
+        _runtime(),
+        _torch(deep=deep),
+        _tensorrt(deep=deep),
+        _presets(),
+        _language_model(),
+    )
     return Diagnosis(tuple(item for part in (*parts, _hub(offline=offline)) for item in part))
 
 
@@ -235,6 +245,29 @@ def _torch(*, deep: bool) -> Iterator[Item]:
         yield Item("runtime", "torch", "problem", f"cannot be imported: {why}", remedy)
     else:
         yield Item("runtime", "torch", "ok", "GPUs: " + (", ".join(devices) or "none"))
+
+
+def _tensorrt(*, deep: bool) -> Iterator[Item]:
+    """TensorRT and its twin: whether each is there, and with `deep` whether its libraries load."""
+    sources = {
+        "tensorrt_rtx": (("tensorrt-rtx",), f"pip install '{DISTRIBUTION}[tensorrt-rtx]'"),
+        "tensorrt": (("tensorrt-cu13", "tensorrt-cu12", "tensorrt"), "pip install tensorrt-cu13"),
+    }
+    for name, (distributions, remedy) in sources.items():
+        version = next(filter(None, map(version_of, distributions)), None)
+        if version is None:
+            if shutil.which("nvidia-smi"):
+                yield Item(
+                    "runtime", name, "note", "an NVIDIA driver is here, but it is not installed", remedy
+                )
+        elif not deep:
+            yield Item("runtime", name, "note", f"{version}, not imported (--deep tries)")
+        elif (found := _ask(_VERSION.format(name)))[0] is None:
+            yield Item("runtime", name, "problem", f"cannot be imported: {found[1]}", remedy)
+        else:
+            yield Item(
+                "runtime", name, "ok", f"{version}; engines: safeguard export tensorrt MODEL --flavour {name}"
+            )
 
 
 def _ask(code: str) -> tuple[list[str] | None, str]:

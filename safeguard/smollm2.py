@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safeguard.errors import MissingExtra, PackError, PackNotFound
+from safeguard.files import put_on_disk
 from safeguard.packs import file_digest
 
 log = logging.getLogger(__name__)
@@ -71,21 +72,20 @@ def load(*, dtype: Any = "bfloat16", device: str = "cpu", cache: Path | None = N
     digest = file_digest(path)
     if digest != SHA256:
         raise PackError(f"{FILE} has SHA-256 {digest[:12]}..., expected {SHA256[:12]}...; run: {INSTALL}")
-    torch, transformers = _libraries()
+    torch, _ = _libraries()
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     folder = (cache or cache_folder()) / f"{NAME}-{digest[:16]}-v{_LAYOUT}"
     if not (folder / "model.safetensors").is_file():
         model, tokenizer = _convert(path)
+        if file_digest(path) != SHA256:  # it was read by its name, so it is looked at again afterwards
+            raise PackError(f"{FILE} was exchanged while it was read; run: {INSTALL}")
         try:
             save_atomically(folder, model, tokenizer)
         except OSError as exc:
             log.warning("no cached copy of %s could be written: error=%s", NAME, type(exc).__name__)
             return model.to(device=device, dtype=wanted).eval(), tokenizer
         del model
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=wanted, use_safetensors=True, local_files_only=True
-    )
+    model, tokenizer = _read_copy(folder, wanted)
     return model.to(device).eval(), tokenizer
 
 
@@ -94,8 +94,15 @@ def save_atomically(folder: Path, model: Any, tokenizer: Any) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     try:
-        model.save_pretrained(partial, safe_serialization=True)
-        tokenizer.save_pretrained(partial)
+        try:
+            model.save_pretrained(partial, safe_serialization=True)
+            tokenizer.save_pretrained(partial)
+        except OSError:
+            raise
+        except Exception as exc:  # safetensors and tokenizers have errors of their own for a full disk
+            raise OSError(f"{type(exc).__name__} while saving") from exc
+        for file in partial.iterdir():
+            put_on_disk(file)
         try:
             partial.rename(folder)
         except OSError:
@@ -103,6 +110,20 @@ def save_atomically(folder: Path, model: Any, tokenizer: Any) -> None:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read_copy(folder: Path, dtype: Any) -> tuple[Any, Any]:
+    """Model and tokenizer as `save_atomically` wrote them."""
+    _, transformers = _libraries()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    except Exception as exc:  # safetensors and tokenizers raise errors of their own
+        what = f"the copy in {folder} is damaged ({type(exc).__name__})"
+        raise PackError(f"{what}; delete that folder") from exc
+    return model, tokenizer
 
 
 def _convert(path: Path) -> tuple[Any, Any]:

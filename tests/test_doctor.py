@@ -271,3 +271,23 @@ def test_a_cache_that_cannot_be_written_is_a_problem(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "access", lambda *_: False)
 
     assert (item("cache").state, item("cache").remedy) == ("problem", "export HF_HOME=FOLDER")
+
+
+def test_tensorrt_is_imported_only_when_wanted(installed: dict[str, str]) -> None:
+    installed["tensorrt-rtx"] = "1.7.1"
+
+    found = item("tensorrt_rtx", area="runtime")
+    assert (found.state, found.detail) == ("note", "1.7.1, not imported (--deep tries)")
+
+
+def test_tensorrt_that_cannot_be_imported_is_a_problem_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]
+) -> None:
+    installed["tensorrt-cu13"] = "11.4.0"
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.11')\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    (found,) = [
+        i for i in examine(offline=True, deep=True).items if (i.area, i.name) == ("runtime", "tensorrt")
+    ]
+    assert (found.state, found.detail) == ("problem", "cannot be imported: ImportError: libnvinfer.so.11")

@@ -9,15 +9,19 @@ ROOT = Path(__file__).parent.parent / "safeguard"
 LAYERS = (  # lowest first; modules on one line may import one another, lines only those above them
     {"errors"},
     {"types"},
-    {"registry", "manifest", "text", "policy_files"},
-    {"policy", "packs", "backends", "images", "image_tensors", "testing", "smollm2"},
-    {"checks", "refiners", "driving"},
+    {"registry", "files", "locks", "manifest", "text", "policy_files"},
+    {"policy", "packs", "backends", "images", "image_tensors", "testing", "smollm2", "stats"},
+    {"runtime"},
+    {"checks", "refiners", "driving", "decoding"},
     {"judging"},
     {"flow"},
+    {"chunks", "held_text"},
+    {"held_chunks"},
     {"streams"},
     {"guards", "schemas"},
     {"adapters"},
     {"exporters", "integrations", "train", "evaluate", "calibrate", "doctor", "demo"},
+    {"bench"},
     {"cli"},
 )
 HEIGHT = {name: i for i, names in enumerate(LAYERS) for name in names}

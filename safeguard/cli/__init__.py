@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from safeguard.cli import calibrate, check, demo, doctor, evaluate, policy, train
+from safeguard.cli import bench, calibrate, check, demo, doctor, evaluate, export, policy, train
 from safeguard.cli.running import ERROR, Commands
 
 app = typer.Typer(
@@ -43,9 +43,11 @@ app.command("demo")(demo.demo)
 app.command("check")(check.check)
 app.add_typer(policy.app, name="policy")
 app.command("doctor")(doctor.doctor)
+app.add_typer(export.app, name="export")
 app.add_typer(train.app, name="train")
 app.command("calibrate")(calibrate.calibrate)
 app.add_typer(evaluate.app, name="evaluate")
+app.command("bench")(bench.bench)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from safeguard.cli.judge import was_flagged, was_unjudged
+from safeguard.files import put_on_disk
 from safeguard.types import Report
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ class RowFile:
             self._file.flush()
         self.close()
         if self.part is not None and self.path is not None:
+            put_on_disk(self.part)
             self.part.replace(self.path)
+            put_on_disk(self.path.parent)
 
 
 class Table:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safeguard.demo.results import Prompt, Result, Summary
 from safeguard.errors import MissingExtra
+from safeguard.files import write_whole
 from safeguard.guards import Guard
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _write(output: Path, guard: Guard, halves: Sequence[_Half], console: Console
             data[half.name]["sheet"] = SHEET
             written.append(str(output / SHEET))
     text = json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False)
-    (output / REPORT).write_text(text + "\n", encoding="utf-8")
+    write_whole(output / REPORT, text + "\n")
     written.append(str(output / REPORT))
     console.print(summary([(h.name, Summary.of(h.results)) for h in halves], written))
     return data

@@ -57,3 +57,26 @@ def test_training_names_a_wrong_key_of_the_recipe(run: Run, tmp_path: Path, reci
 
 def test_training_needs_a_recipe(run: Run) -> None:
     assert run("train", "classifier").exit_code == 2
+
+
+@pytest.mark.slow
+def test_a_second_stage_asks_for_the_run_before(run: Run, tmp_path: Path, recipe: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("accelerate")
+    recipe.write_text('init = "model.safetensors"\n', encoding="utf-8")
+    options = ("--config", recipe, "--data", tmp_path, "--out", tmp_path / "out")
+    result = run("train", "classifier", *options)
+
+    assert result.exit_code == 2
+    assert "give --init with the folder of the run before" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_pack_needs_a_finished_run(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("accelerate")
+    result = run("train", "text-guard", tmp_path, tmp_path / "pack", "--data", tmp_path)
+
+    assert result.exit_code != 0
+    assert "no metrics.json of a finished run" in result.stderr
+    assert not (tmp_path / "pack").exists()
