@@ -47,7 +47,16 @@ def test_pictures_are_the_same_for_the_same_seeds() -> None:
 
 
 def test_the_trivial_guard_runs_as_often_as_asked() -> None:
-    ours.trivial_guard({})({"text": TEXTS[0], "calls": 3})  # raises when a call is blocked
+    class Counted(dict[str, Any]):
+        read = 0
+
+        def __getitem__(self, key: str) -> Any:
+            self.read += key == "text"
+            return super().__getitem__(key)
+
+    payload = Counted(text=TEXTS[0], calls=3)
+    ours.trivial_guard({})(payload)  # raises when a call is blocked
+    assert payload.read == 3
 
 
 @pytest.mark.slow
