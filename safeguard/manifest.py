@@ -110,7 +110,7 @@ class Manifest(_Part):
     format: Literal[1] = 1
     name: Name
     version: str
-    kind: Literal["text_classifier", "image_classifier", "clip_heads", "refiner", "module"]
+    kind: Literal["text_classifier", "image_classifier", "clip_heads", "refiner", "module", "adapter"]
     summary: str = ""
     model: ModelFile
     labels: tuple[str, ...] = ()
@@ -129,6 +129,10 @@ class Manifest(_Part):
     window: Window | None = None
     image: ImagePreprocess | None = None
     precision: str = "float32"
+    separate_rows: bool = False
+    """A row's outputs depend on the row and its own padding only, but for rounding, whatever shares its run:
+    so rows may share runs although activations are quantised in the run. Says nothing for models that are
+    not."""
     export: ExportRecord | None = None
     """Absent for packs that no exporter of ours made."""
     files: dict[str, Sha256]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,9 @@ SPAN_FROM = 0.5
 _INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 GPU_TOKENS = 16_384
 """Largest run on a GPU; text-embeddings-inference uses the same."""
+SMALL_TOKENS = 128
+"""Largest shared run of an int8 model on the CPU: beyond it activations leave the caches and gain is lost."""
+_STEP = 4  # tokens: texts of 17 to 20 share runs
 _CHARACTERS_PER_TOKEN = 16  # more than any real text has; longer input is refused before it is tokenised
 
 
@@ -50,7 +54,9 @@ class TextClassifier:
     nothing is truncated. Windows of similar length share a run, padded to the longest among them, or with
     `buckets` to one of a few shapes, so that a GPU's graphs are made once and used again. With `isolated`
     each window has a run of its own, without padding: dynamically quantised models (int8) scale activations
-    over the whole run, so neighbours would change each other's scores. `workers` such runs go side by side.
+    over the whole run, so neighbours would change each other's scores. Where a pack says that they do not
+    (`separate_rows`), windows share a run only when they are padded to the same length alone as well, so what
+    else was in the run changes a score by rounding at most. `workers` runs go side by side.
 
     inputs: names of the backend's inputs, of input_ids, attention_mask, token_type_ids. output: the name of
     its logits (window, column). max_windows: a text with more raises ValueError. max_tokens: largest run,
@@ -110,11 +116,15 @@ class TextClassifier:
         manifest = found.manifest
         if manifest.window is None:  # the manifest's own validation has seen to that
             raise PackError(f"pack {manifest.name!r} has no window")
-        isolated = manifest.precision.startswith("int8") and device == "cpu"
+        small = manifest.precision.startswith("int8") and device == "cpu"
+        isolated = small and not manifest.separate_rows
+        buckets = None if device == "cpu" else Buckets()
+        if small and not isolated:
+            buckets = Buckets.fine(_STEP, manifest.window.tokens, SMALL_TOKENS // _STEP)
         backend = open_model(
             found,
             device,
-            1 if isolated else threads,  # runs of one window gain more from going side by side
+            1 if small else threads,  # small runs gain more from going side by side
         )
         return cls(
             backend,
@@ -127,14 +137,14 @@ class TextClassifier:
             digest=found.digest,
             operating_points=manifest.operating_points,
             isolated=isolated,
-            workers=(threads or default_threads()) if isolated else 1,
+            workers=(threads or default_threads()) if small else 1,
             max_windows=max_windows,
-            max_tokens=4096 if device == "cpu" else GPU_TOKENS,
-            buckets=None if device == "cpu" else Buckets(),
+            max_tokens=SMALL_TOKENS if small else 4096 if device == "cpu" else GPU_TOKENS,
+            buckets=buckets,
         )
 
     def __call__(self, batch: Sequence[str], /) -> list[Finding]:
-        """One finding per text, in order. Scores of a text do not depend on its neighbours.
+        """One finding per text, in order. Neighbours change the scores of a text by rounding at most.
 
         Raises TypeError for what is not text and ValueError for a text of more than `max_windows` windows.
         """
@@ -149,6 +159,17 @@ class TextClassifier:
             start, end = end, end + len(own)
             findings.append(self._finding(t, own, scores[start:end]))
         return findings
+
+    @property
+    def lanes(self) -> int:
+        """How many runs go on side by side at most."""
+        return self._workers
+
+    def in_one_lane(self) -> TextClassifier:
+        """The same check, whose runs follow one another: for callers that make many calls at a time."""
+        narrow = copy(self)
+        narrow._workers = 1
+        return narrow
 
     def warmup(self) -> None:
         """Run every shape that texts can come in once, so that no caller waits for a graph or a kernel.
@@ -187,9 +208,11 @@ class TextClassifier:
         return [_Piece(text, start, end) for start, end in found]
 
     def _scores(self, pieces: Sequence[_Piece], tokens: Sequence[Tokens]) -> NDArray[np.float64]:
-        scores = np.empty((len(pieces), len(self.labels)))
         lengths = [p.end - p.start + self._cut.special_tokens for p in pieces]
-        runs = plan_runs(lengths, self._max_tokens, self._buckets)
+        if len(pieces) == 1:  # most calls: one short text
+            return self._score(plan_runs(lengths, self._max_tokens, self._buckets)[0], pieces, tokens)
+        scores = np.empty((len(pieces), len(self.labels)))
+        runs = plan_runs(lengths, self._budget(lengths), self._buckets)
 
         def fill(run: Run) -> None:
             scores[list(run.indices)] = self._score(run, [pieces[i] for i in run.indices], tokens)
@@ -201,6 +224,13 @@ class TextClassifier:
             for run in runs:
                 fill(run)
         return scores
+
+    def _budget(self, lengths: Sequence[int]) -> int:
+        """Tokens of one run: as many as may be, or fewer so that every worker has some."""
+        if self._workers == 1 or self._buckets is None:
+            return self._max_tokens
+        whole = sum(self._buckets.length(length) for length in lengths)
+        return min(self._max_tokens, -(-whole // self._workers))
 
     def _score(self, run: Run, pieces: Sequence[_Piece], tokens: Sequence[Tokens]) -> NDArray[np.float64]:
         prefix, suffix = self._cut.prefix, self._cut.suffix

@@ -173,7 +173,7 @@ def _speed(found: Mapping[str, Any] | None) -> str:
         f"The speed was measured on {cores} for both ({found['tokens']} tokens, interleaved, medians of "
         f"{found['runs']} runs,\n`tests/bench/text_guard.py`): one text {times['bert']:.1f} ms in BERT-base, "
         f"{times['guard']:.2f} ms here; in calls of 16 texts the ratio is\n{found['batch_ratio']:g}, since "
-        "int8 windows run one by one, so that neighbours cannot change a score."
+        "only windows of like length share a run, so that neighbours move a score by rounding at most."
     )
 
 

@@ -88,8 +88,8 @@ class _State(Generic[T, R]):
         self.changed = threading.Condition(threading.Lock())
         self.waiting: deque[_Job[T, R]] = deque()
         self.waiting_items = 0
-        self.busy = False
-        self.leader = 0  # ident of the thread that runs
+        self.running = 0
+        self.leaders: set[int] = set()  # idents of the threads that run
         self.closed = False
         self.counts = dict.fromkeys(("calls", "items", "runs", "refused", "dropped"), 0)
 
@@ -102,7 +102,8 @@ class _State(Generic[T, R]):
 class MicroBatcher(Generic[T, R]):
     """Calls `run` with the items of several callers at once and gives each caller its own results.
 
-    run: a sequence of items in, as many results out, in order; one run goes on at a time. max_items,
+    run: a sequence of items in, as many results out, in order. lanes: runs that go on at a time, and that
+    share what waits between them; a model that uses one core has as many as there are cores. max_items,
     max_cost: budgets of one run; a call that is larger still runs, by itself. cost: of one item, tokens for
     instance; 1 by default. max_queue: items that may wait; beyond it callers get QueueFull at once.
     max_wait_s: a call whose turn comes later than this gets QueueFull instead of a late answer. linger_s: how
@@ -123,6 +124,7 @@ class MicroBatcher(Generic[T, R]):
         max_queue: int = 1024,
         max_wait_s: float | None = None,
         linger_s: float = 0.0,
+        lanes: int = 1,
         name: str = "model",
     ) -> None:
         if max_items < 1 or max_queue < 1 or (max_cost is not None and max_cost < 1):
@@ -130,6 +132,8 @@ class MicroBatcher(Generic[T, R]):
                 "max_items, max_queue and max_cost must be 1 or more, "
                 f"got {max_items}, {max_queue} and {max_cost}"
             )
+        if lanes < 1:
+            raise ValueError(f"lanes must be 1 or more, got {lanes}")
         if not 0 <= linger_s <= 1 or (max_wait_s is not None and not max_wait_s > 0):
             raise ValueError(
                 f"linger_s must be in [0, 1] and max_wait_s above 0, got {linger_s} and {max_wait_s}"
@@ -137,7 +141,7 @@ class MicroBatcher(Generic[T, R]):
         self.name = name
         self._run, self._cost = run, cost
         self._max_items, self._max_cost, self._max_queue = max_items, max_cost, max_queue
-        self._max_wait_s, self._linger_s = max_wait_s, linger_s
+        self._max_wait_s, self._linger_s, self._lanes = max_wait_s, linger_s, lanes
         self._state: _State[T, R] = _State()
         self._beginning = ForkLock()
 
@@ -147,7 +151,7 @@ class MicroBatcher(Generic[T, R]):
         Raises QueueFull, QueueClosed, and what `run` raises for these items.
         """
         state = self._here()
-        if not items or (state.busy and state.leader == threading.get_ident()):
+        if not items or threading.get_ident() in state.leaders:
             return self._checked(items)  # from inside a run: waiting for it would never end
         turn = threading.Event()
         job: _Job[T, R] = _Job(items, self._cost_of(items), turn.set, turn.set)
@@ -210,12 +214,17 @@ class MicroBatcher(Generic[T, R]):
         with state.changed:
             return BatcherStatistics(**state.counts)
 
+    @property
+    def running(self) -> int:
+        """Runs that go on at this moment."""
+        return self._here().running
+
     def close(self, *, timeout_s: float | None = None) -> bool:
         """Refuse new calls and wait for those that came before; true when all of them have their results."""
         state = self._here()
         with state.changed:
             state.closed = True
-            return state.changed.wait_for(lambda: not state.busy and not state.waiting, timeout_s)
+            return state.changed.wait_for(lambda: not state.running and not state.waiting, timeout_s)
 
     def __enter__(self) -> Self:
         return self
@@ -236,11 +245,11 @@ class MicroBatcher(Generic[T, R]):
         return self._state
 
     def _enter(self, state: _State[T, R], job: _Job[T, R]) -> None:
-        """Give the job its turn at once where nothing runs, else a place in the queue."""
+        """Give the job its turn at once where a lane is free, else a place in the queue."""
         with state.changed:
             if state.closed:
                 raise QueueClosed(self.name)
-            if state.busy:
+            if state.running >= self._lanes:
                 if state.waiting and state.waiting_items + len(job.items) > self._max_queue:
                     state.counts["refused"] += 1
                     raise QueueFull(
@@ -251,16 +260,20 @@ class MicroBatcher(Generic[T, R]):
                 state.waiting_items += len(job.items)
                 state.changed.notify_all()
                 return
-            state.busy = job.leads = True
+            state.running += 1
+            job.leads = True
         self._begin(state, job)
 
-    def _begin(self, state: _State[T, R], job: _Job[T, R]) -> None:
-        try:
-            job.to_lead()
-        except RuntimeError as exc:  # no thread can be started any more
-            job.leads, job.error = False, exc
-            job.to_end()
-            self._pass_on(state)
+    def _begin(self, state: _State[T, R], job: _Job[T, R] | None) -> None:
+        while job is not None:
+            try:
+                job.to_lead()
+            except RuntimeError as exc:  # no thread can be started any more
+                job.leads, job.error = False, exc
+                job.to_end()
+                job = self._next(state)
+            else:
+                return
 
     def _leave(self, state: _State[T, R], job: _Job[T, R]) -> bool:
         """Take a job that still waits out of the queue; false when a run has it, or it is to lead one."""
@@ -278,18 +291,22 @@ class MicroBatcher(Generic[T, R]):
 
     def _pass_on(self, state: _State[T, R]) -> None:
         """Let the next one in the queue lead, or rest."""
+        self._begin(state, self._next(state))
+
+    def _next(self, state: _State[T, R]) -> _Job[T, R] | None:
+        """Who leads next, taken out of the queue; None for nobody."""
         if state.is_left_behind:  # forked inside a run
-            return
+            return None
         with state.changed:
-            state.leader = 0
-            state.busy = bool(state.waiting)
+            state.leaders.discard(threading.get_ident())
+            state.running -= not state.waiting
             state.changed.notify_all()
-            if not state.busy:
-                return
+            if not state.waiting:
+                return None
             job = state.waiting.popleft()
             state.waiting_items -= len(job.items)
             job.leads = True
-        self._begin(state, job)
+            return job
 
     # --- one run ------------------------------------------------------------------------------
 
@@ -315,13 +332,19 @@ class MicroBatcher(Generic[T, R]):
             state.waiting_items += sum(len(job.items) for job in jobs)
 
     def _take(self, state: _State[T, R], own: _Job[T, R]) -> list[_Job[T, R]]:
-        """The jobs of the next run: the leader's own and those behind it that the budgets still hold."""
+        """The jobs of the next run: the leader's own and those behind it that the budgets still hold.
+
+        No more than its lane's share of them, so that the next lane to be free has work as well.
+        """
         taken = [] if own.dropped else [own]
         with state.changed:
-            state.leader = threading.get_ident()
+            state.leaders.add(threading.get_ident())
             if own.queued and self._linger_s:
                 state.changed.wait_for(lambda: not self._fits([*taken, *state.waiting]), self._linger_s)
+            share = -(-(state.waiting_items + len(own.items)) // self._lanes)
             while state.waiting and self._fits([*taken, state.waiting[0]]):
+                if sum(len(job.items) for job in taken) >= share:
+                    break
                 taken.append(state.waiting.popleft())
                 state.waiting_items -= len(taken[-1].items)
         return taken

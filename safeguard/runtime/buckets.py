@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
 """Usual lengths of prompts; the last one is the window of every BERT."""
@@ -25,19 +25,26 @@ class Buckets:
     """The shapes that a GPU engine is run in, so that its graphs are made once and used again.
 
     lengths, rows: ascending. A longer row than the last length keeps its own length: it is never cut.
+    warmed: every shape is to be made before it is used; without it only the shortest and the longest row.
     """
 
     lengths: tuple[int, ...] = LENGTHS
     rows: tuple[int, ...] = ROWS
+    warmed: bool = True
 
     def __post_init__(self) -> None:
         for what, sizes in (("lengths", self.lengths), ("rows", self.rows)):
             if not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
                 raise ValueError(f"{what} of buckets must be positive and ascend, got {sizes}")
 
+    @classmethod
+    def fine(cls, step: int, longest: int, rows: int) -> Buckets:
+        """Lengths in steps, any number of rows up to `rows`: little padding, and a row alone has the same."""
+        return cls((*range(step, longest, step), longest), tuple(range(1, rows + 1)), warmed=False)
+
     def up_to(self, longest: int) -> Buckets:
         """The same with `longest` as the last length: a model has no positions for longer rows."""
-        return Buckets((*(n for n in self.lengths if n < longest), longest), self.rows)
+        return replace(self, lengths=(*(n for n in self.lengths if n < longest), longest))
 
     def length(self, length: int) -> int:
         """The smallest bucket that holds a row of this length; the length itself where none does."""
@@ -50,6 +57,8 @@ class Buckets:
     def shapes(self, longest: int, max_tokens: int) -> list[tuple[int, int]]:
         """Every (rows, length) that rows of at most `longest` tokens can meet, the smallest first."""
         top = self.length(longest)
+        if not self.warmed:
+            return [(self.rows[0], n) for n in dict.fromkeys([self.lengths[0], top])]
         lengths = dict.fromkeys([*(n for n in self.lengths if n < top), top])
         return [(r, n) for n in lengths for r in self.rows if r == self.rows[0] or r * n <= max_tokens]
 

@@ -19,6 +19,8 @@ class BatchedCheck:
     """A check of which callers at the same time share the runs; see `MicroBatcher` for the options.
 
     max_tokens: budget of one run for texts, at four characters a token; pictures count by `max_items` alone.
+    A check with `lanes`, of which a call runs in parts side by side, has as many runs going on at a time, and
+    then each of them `in_one_lane`.
     """
 
     def __init__(
@@ -35,6 +37,8 @@ class BatchedCheck:
         self.check = check
         self.__dict__.update(_known(check))
         is_text = check.modality == "text"
+        lanes = getattr(check, "lanes", 1) if is_text else 1
+        self._narrow: Check[Any] = getattr(check, "in_one_lane", lambda: check)() if lanes > 1 else check
         self.batcher: MicroBatcher[Any, Finding | Scores] = MicroBatcher(
             self._judge_texts if is_text else check,
             max_items=max_items,
@@ -43,6 +47,7 @@ class BatchedCheck:
             max_queue=max_queue,
             max_wait_s=max_wait_s,
             linger_s=linger_s,
+            lanes=lanes,
             name=check.name,
         )
 
@@ -69,7 +74,7 @@ class BatchedCheck:
         for memo in {id(memo): memo for _, memo in items}.values():
             batch.memo.update(memo)
         known = set(batch.memo)
-        found = self.check(batch)
+        found = (self.check if self.batcher.running < 2 else self._narrow)(batch)
         made = [key for key in list(batch.memo) if key not in known]
         if made:
             owners: dict[Any, list[Memo]] = {}

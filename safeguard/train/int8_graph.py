@@ -4,8 +4,9 @@ The exporter's graph runs in about 330 nodes, a third of its time in six float32
 outputs, whose weights are kept in int8 but widened when the model is loaded: 14 MB to read for each text).
 Here query, key and value are one product, attention is plain MatMul and Softmax (for short texts as fast as
 the fused operator), and the feed-forward outputs are int8 products whose activations have one scale for each
-token: that holds their outliers, which one scale for all tokens does not. After an exact GELU nothing is
-below -0.17, so they are stored as (x + 0.17) / scale in 0..255, and what 0.17 adds is taken out of the bias.
+token: that holds their outliers, which one scale for all tokens does not. Scales by token are written as
+blocks as long as a row (opset 21): no other way to say it takes fewer operators. After an exact GELU nothing
+is below -0.17, so they are stored as (x + 0.17) / scale in 0..255; what 0.17 adds is taken out of the bias.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ class _Graph:
 
     def __init__(self, activations: Activations) -> None:
         self.linear = _scale_per_run if activations == "run" else _scale_per_token
+        self.middle = ""  # (batch * token, 1) uint8, all 128; the zero of activations with a scale per token
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
 
@@ -159,6 +161,8 @@ def rewrite(source: Path, target: Path, *, activations: Activations = "run") -> 
     both = graph.op("Shape", "input_ids")
     x = _norm(graph, old, "trunk.embeddings.LayerNorm", _embedded(graph, old, tables, scales), epsilon)
     x = graph.op("Reshape", x, graph.ints(-1, size))  # (batch * token, hidden)
+    if activations == "token":
+        graph.middle = _middle(graph, x)
     mask = graph.op("Cast", "attention_mask", to=TensorProto.FLOAT)  # (batch, token)
     away = graph.op("Mul", graph.op("Sub", graph.const(1, np.float32), mask), graph.const(_MASKED))
     away = graph.op("Unsqueeze", away, graph.ints(1, 2))  # (batch, 1, 1, token)
@@ -236,32 +240,36 @@ def _scale_per_run(graph: _Graph, x: str, layer: _Linear) -> str:
     return graph.op("Add", scaled, graph.const(layer.bias))
 
 
+def _middle(graph: _Graph, x: str) -> str:
+    """128 for each row of x: one for all layers, since quantising by rows takes a zero for each of them."""
+    rows = graph.op("Shape", x, start=0, end=1)
+    return graph.op("Unsqueeze", graph.op("Expand", graph.const(128, np.uint8), rows), graph.ints(1))
+
+
 def _scale_per_token(graph: _Graph, x: str, layer: _Linear) -> str:
     """An int8 product whose activations have a scale for each row, with zero at 128."""
-    top = graph.op("ReduceMax", graph.op("Abs", x), graph.ints(-1), keepdims=0)
-    scale = graph.op("Mul", top, graph.const(1 / 127, np.float32))  # (row,)
-    same = graph.op("Add", graph.op("Mul", scale, graph.const(0, np.float32)), graph.const(128, np.float32))
-    middle = graph.op("Cast", same, to=TensorProto.UINT8)
-    quantised = graph.op("QuantizeLinear", x, scale, middle, axis=0)
+    top = graph.op("ReduceMax", graph.op("Abs", x), graph.ints(-1), keepdims=1)
+    scale = graph.op("Mul", top, graph.const(1 / 127, np.float32))  # (row, 1)
+    quantised = graph.op("QuantizeLinear", x, scale, graph.middle, axis=1, block_size=len(layer.weight))
     return _product(graph, (quantised, graph.const(128, np.uint8)), scale, layer, layer.bias)
 
 
 def _scale_per_token_of_gelu(graph: _Graph, x: str, layer: _Linear) -> str:
     """The same for what a GELU gives, with all of 0..255 above its floor; see the top of this file."""
     floor = graph.const(_GELU_FLOOR)
-    top = graph.op("ReduceMax", x, graph.ints(-1), keepdims=0)
-    scale = graph.op("Mul", graph.op("Add", top, floor), graph.const(1 / 255, np.float32))  # (row,)
-    quantised = graph.op("QuantizeLinear", graph.op("Add", x, floor), scale, axis=0)
+    top = graph.op("ReduceMax", x, graph.ints(-1), keepdims=1)
+    scale = graph.op("Mul", graph.op("Add", top, floor), graph.const(1 / 255, np.float32))  # (row, 1)
+    above = graph.op("Add", x, floor)
+    quantised = graph.op("QuantizeLinear", above, scale, axis=1, block_size=len(layer.weight))
     shift = _GELU_FLOOR * (layer.weight.astype(np.float64) * layer.scale).sum(axis=0)
     return _product(graph, (quantised,), scale, layer, layer.bias - shift)
 
 
 def _product(graph: _Graph, x: tuple[str, ...], scale: str, layer: _Linear, bias: NDArray[Any]) -> str:
-    """x: quantised activations (row, in) and their zero, if it is not 0; scale: (row,)."""
+    """x: quantised activations (row, in) and their zero, if it is not 0; scale: (row, 1)."""
     whole = graph.op("MatMulInteger", x[0], graph.const(layer.weight), *x[1:])
     wide = graph.op("Mul", graph.op("Cast", whole, to=TensorProto.FLOAT), graph.const(layer.scale))
-    rows = graph.op("Mul", wide, graph.op("Unsqueeze", scale, graph.ints(1)))
-    return graph.op("Add", rows, graph.const(bias, np.float32))
+    return graph.op("Add", graph.op("Mul", wide, scale), graph.const(bias, np.float32))
 
 
 def _norm(graph: _Graph, old: _Source, name: str, x: str, epsilon: float) -> str:

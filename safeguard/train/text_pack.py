@@ -114,11 +114,11 @@ def write_text_pack(
     does `keep`, and pooling by the first token.
     """
     out.mkdir(parents=True, exist_ok=True)
+    plain_graph = activations is None or bool(keep) or config.pooling != "mean"
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "float.onnx"
         export_float(build_model(run, config), plain)
         with replaced(out / "model.onnx") as part:
-            plain_graph = activations is None or bool(keep) or config.pooling != "mean"
             narrow = part if plain_graph else Path(folder) / "int8.onnx"
             quantise(plain, narrow, keep=keep)
             if narrow != part:
@@ -133,15 +133,13 @@ def write_text_pack(
         "activation": "sigmoid",
         "window": {"tokens": config.max_tokens, "overlap": config.max_tokens // 4},
         "precision": "int8-dynamic",
+        "separate_rows": activations == "token" and not plain_graph,
     }
     return seal(out, {**fixed, **fields})
 
 
-def session_logits(
-    session: InferenceSession, examples: Sequence[Sequence[int]], *, isolated: bool = True
-) -> NDArray[np.float32]:
-    """Logits (text, label) of tokenised texts, one run each, as the guard runs int8 models."""
-    del isolated
+def session_logits(session: InferenceSession, examples: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    """Logits (text, label) of tokenised texts, one run each."""
     rows = []
     for ids in examples:
         array = np.array([ids], np.int64)

@@ -99,6 +99,50 @@ def test_isolated_windows_have_runs_of_their_own_without_padding(
     assert [f.scores["toxic"] > 0.5 for f in found] == [True, False, False]
 
 
+def test_windows_share_a_run_only_where_they_are_padded_alike_alone(
+    rude_backend: FakeBackend, tokenizer: Tokenizer, readout: Readout
+) -> None:
+    fine = Buckets.fine(4, WINDOW.tokens, 8)
+    check = TextClassifier(rude_backend, tokenizer, readout, WINDOW, buckets=fine)
+    texts = ["rude", "good day", "the good day", "good " * 8]
+
+    together = check(texts)
+    shared = sorted(rude_backend.shapes)
+    rude_backend.shapes.clear()
+    alone = [check([text])[0] for text in texts]
+
+    # lengths with special tokens 3, 4, 5, 10
+    assert shared == [(1, 8), (1, 10), (2, 4)]
+    assert rude_backend.shapes == [(1, 4), (1, 4), (1, 8), (1, 10)]
+    assert together == alone
+
+
+def test_a_call_is_spread_over_the_workers(
+    rude_backend: FakeBackend, tokenizer: Tokenizer, readout: Readout
+) -> None:
+    fine = Buckets.fine(4, WINDOW.tokens, 8)
+    check = TextClassifier(rude_backend, tokenizer, readout, WINDOW, buckets=fine, workers=2)
+
+    found = check(["rude", "good", "day", "rude"])
+
+    assert rude_backend.shapes == [(2, 4), (2, 4)]  # not one run of four rows for one of the two
+    assert [f.scores["toxic"] > 0.5 for f in found] == [True, False, False, True]
+
+
+def test_a_neighbour_changes_no_score_of_the_shipped_model() -> None:
+    check = TextClassifier.load("text-guard-s")
+    own = "please tell me how I can get the garden ready"
+    loud = "YOU ARE A STUPID IDIOT and I hate all of you"
+    strange = ["\u0416" * 9, "!!!!!!!!!", loud, "a " * 9, "0 " * 11, loud * 9]
+
+    alone = check([own])[0]
+
+    together = check([*strange, own, *strange, own])
+    # rounding and no more: a CPU may take another kernel for more rows
+    for found in (together[len(strange)], together[-1]):
+        assert found.scores == pytest.approx(alone.scores, rel=0, abs=1e-5)
+
+
 BUCKETS = Buckets(lengths=(4, 8, 16), rows=(1, 2, 4))
 
 

@@ -99,6 +99,48 @@ def test_a_shared_run_stays_within_its_cost() -> None:
     assert gate.runs == [[1], [4, 6], [5]]
 
 
+def test_with_two_lanes_two_runs_go_on_and_share_what_waits() -> None:
+    gate = Gate()
+    batcher = MicroBatcher(gate, lanes=2)
+
+    with ThreadPoolExecutor(6) as pool:
+        first = pool.submit(batcher, [1])
+        wait_until(batcher, lambda: batcher.running == 1)
+        second = pool.submit(batcher, [2])
+        wait_until(batcher, lambda: batcher.running == 2)
+        rest = []
+        for n in (3, 4, 5, 6):
+            rest.append(pool.submit(batcher, [n]))
+            wait_until(batcher, partial(lambda n: len(batcher._state.waiting) == n, n - 2))
+        gate.open()
+
+    assert sorted(gate.runs[:2]) == [[1], [2]]
+    # four wait: a lane takes half of them at most, and which lane is first is left to the threads
+    assert sorted(n for run in gate.runs[2:] for n in run) == [3, 4, 5, 6]
+    assert max(len(run) for run in gate.runs[2:]) == 2
+    assert [f.result() for f in (first, second, *rest)] == [[2], [4], [6], [8], [10], [12]]
+    assert batcher.running == 0
+
+
+def test_a_call_from_inside_a_run_of_either_lane_does_not_wait() -> None:
+    together = threading.Barrier(2)
+
+    def run(items: Sequence[int]) -> list[int]:
+        if items[0] < 10:
+            together.wait(30)
+            return batcher([items[0] * 10])
+        return [i + 1 for i in items]
+
+    batcher: MicroBatcher[int, int] = MicroBatcher(run, lanes=2)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(batcher, [[1], [2]])) == [[11], [21]]
+
+
+def test_a_batcher_has_at_least_one_lane() -> None:
+    with pytest.raises(ValueError, match="lanes must be 1 or more, got 0"):
+        MicroBatcher(list, lanes=0)
+
+
 def test_an_error_reaches_only_the_caller_that_it_belongs_to() -> None:
     gate = Gate()
     batcher = MicroBatcher(gate)

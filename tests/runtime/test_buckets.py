@@ -50,6 +50,17 @@ def test_shapes_name_every_run_that_can_come() -> None:
     assert SMALL.shapes(6, 16) == [(1, 4), (2, 4), (4, 4), (1, 8), (2, 8)]
 
 
+def test_fine_buckets_pad_to_the_next_step_and_add_no_rows() -> None:
+    # steps of 4 up to 10: 3 and 4 become 4, 5 becomes 8, 9 becomes 10; 3 rows of 4 are 12 tokens
+    found = plan_runs([3, 9, 4, 4, 5], 12, Buckets.fine(4, 10, 8))
+
+    assert found == [Run((0, 2, 3), 3, 4), Run((4,), 1, 8), Run((1,), 1, 10)]
+
+
+def test_of_fine_buckets_the_shortest_and_the_longest_row_are_enough_to_be_warm() -> None:
+    assert Buckets.fine(4, 10, 8).up_to(10).shapes(10, 100) == [(1, 4), (1, 10)]
+
+
 @pytest.mark.parametrize("sizes", [(), (0, 1), (4, 4), (8, 4)])
 def test_sizes_of_buckets_must_ascend(sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="lengths of buckets must be positive and ascend"):

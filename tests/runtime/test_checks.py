@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -38,6 +38,20 @@ def test_callers_at_the_same_time_get_the_findings_of_their_own_texts() -> None:
         found = list(pool.map(work, range(8)))
 
     assert found == [[1.0 if (worker + n) % 3 == 0 else 0.0 for n in range(50)] for worker in range(8)]
+
+
+def test_a_check_with_lanes_has_its_runs_side_by_side_each_in_one_lane() -> None:
+    laned = _Laned()
+    batched = BatchedCheck(laned)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(batched, ["a"])
+        assert laned.began.wait(30)
+        second = pool.submit(batched, ["b"])
+
+    # the one that came first had the check for itself, the other one knew that it was not alone
+    assert laned.asked == ["wide", "narrow"]
+    assert [first.result(), second.result()] == [[{"x": 0.5}], [{"x": 0.5}]]
 
 
 def test_an_event_loop_gets_the_findings_of_its_own_texts() -> None:
@@ -191,6 +205,32 @@ def test_a_picture_check_without_a_warmup_judges_a_grey_picture() -> None:
 
 def _score(row: Finding | Scores) -> float:
     return (row.scores if isinstance(row, Finding) else row)["bad"]
+
+
+class _Laned:
+    """Says which form of it was asked; a run ends when the other one has begun."""
+
+    name = "laned"
+    modality: Modality = "text"
+    lanes = 2
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.began, self._second = threading.Event(), threading.Event()
+
+    def in_one_lane(self) -> Callable[[Sequence[str]], list[Scores]]:
+        return lambda batch: self._judge("narrow", batch)
+
+    def __call__(self, batch: Sequence[str], /) -> list[Scores]:
+        return self._judge("wide", batch)
+
+    def _judge(self, form: str, batch: Sequence[str]) -> list[Scores]:
+        self.asked.append(form)
+        self.began.set()
+        if len(self.asked) == 2:
+            self._second.set()
+        assert self._second.wait(30)
+        return [{"x": 0.5} for _ in batch]
 
 
 class _Known(WordCheck):

@@ -89,7 +89,30 @@ def test_scales_per_token_keep_neighbours_out(folder: Path, tmp_path: Path) -> N
 
     together = logits(tmp_path / "new.onnx", ids, mask)
 
-    np.testing.assert_allclose(together[2:3], logits(tmp_path / "new.onnx", ids[2:3], mask[2:3]), atol=1e-5)
+    alone = logits(tmp_path / "new.onnx", ids[2:3], mask[2:3])
+    np.testing.assert_allclose(together[2:3], alone, rtol=0, atol=1e-5)
+
+
+def test_scales_per_token_keep_neighbours_out_of_padded_rows(folder: Path, tmp_path: Path) -> None:
+    rewrite(folder / "int8.onnx", tmp_path / "new.onnx", activations="token")
+    ids, mask = batch(5, 8)
+    mask[1, 5:] = 0
+    mask[3, 7:] = 0
+
+    together = logits(tmp_path / "new.onnx", ids, mask)
+
+    alone = logits(tmp_path / "new.onnx", ids[1:2], mask[1:2])
+    np.testing.assert_allclose(together[1:2], alone, rtol=0, atol=1e-5)
+
+
+def test_one_zero_of_activations_serves_all_layers(folder: Path, tmp_path: Path) -> None:
+    rewrite(folder / "int8.onnx", tmp_path / "new.onnx", activations="token")
+    nodes = onnx.load(tmp_path / "new.onnx").graph.node
+
+    zeros = [node.input[2] for node in nodes if node.op_type == "QuantizeLinear" and len(node.input) == 3]
+
+    assert len(zeros) == 6  # two layers with three such products each
+    assert len(set(zeros)) == 1
 
 
 def test_no_weight_is_kept_in_float(folder: Path, tmp_path: Path) -> None:

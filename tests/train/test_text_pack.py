@@ -141,6 +141,12 @@ def test_pack_names_every_source_and_licence(pack: Path, data: Path) -> None:
     assert named == {source["name"] for source in sources(data)}
 
 
+def test_only_a_graph_with_a_scale_for_each_token_says_that_its_rows_are_separate(pack: Path) -> None:
+    # the pack of these tests has the exporter's own graph, the shipped one was written with a scale per token
+    assert not resolve(pack).manifest.separate_rows
+    assert resolve("text-guard-s").manifest.separate_rows
+
+
 def test_flips_are_shares(pack: Path, run: Path, config: ClassifierConfig) -> None:
     rows = [
         Row("a kind cat", "s", "validation", clean("toxicity")),
