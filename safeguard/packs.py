@@ -28,6 +28,8 @@ _PICKLE_SUFFIXES = frozenset(
     {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".pt2", ".pyc", ".so", ".py"}
 )
 _ZIP_SUFFIXES = frozenset({".npz"})
+_READ_UNASKED = frozenset({".json", ".jinja", ".model", ".onnx", ".data", ".safetensors", ".txt"})
+"""Of files that loaders of language models look for by name, whether or not anybody told them to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,23 @@ class Pack:
                 self._prove(name, hashlib.file_digest(file, "sha256").hexdigest())
         return self
 
+    def alone(self) -> Pack:
+        """Itself, if nothing lies beside the listed files that a loader would read unasked, and so unproven.
+
+        Raises PackError for an unlisted tokenizer, chat template, configuration or file of weights.
+        """
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            known = name in self.manifest.files or name == MANIFEST_NAME
+            is_folder = path.is_dir()
+            unproven = path.is_symlink() if is_folder else path.suffix.lower() in _READ_UNASKED
+            if not known and unproven:  # what a linked folder holds is not walked
+                raise PackError(
+                    f"pack {self.manifest.name!r} holds {name}, which its manifest does not list; "
+                    "a model that finds it there would follow it: take it out"
+                )
+        return self
+
     def read(self, name: str) -> bytes:
         """The content of a listed file, read once and proven.
 
@@ -83,7 +102,8 @@ class Pack:
             )
 
     def expect(
-        self, kind: Literal["text_classifier", "image_classifier", "clip_heads", "refiner", "module"]
+        self,
+        kind: Literal["text_classifier", "image_classifier", "clip_heads", "refiner", "module", "adapter"],
     ) -> Pack:
         """Itself, if it is of that kind; PackError otherwise."""
         if self.manifest.kind != kind:

@@ -182,6 +182,22 @@ def test_an_unlisted_file_is_not_given_out(folder: Path) -> None:
         resolve(folder).path("notes.txt")
 
 
+def test_a_linked_folder_beside_the_listed_files_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PackError, match="holds additional_chat_templates, which its manifest does not list"):
+        read_pack(folder).alone()
+
+
+def test_a_file_that_loaders_read_unasked_must_be_listed(folder: Path) -> None:
+    (folder / "notes.md").write_text("for people", encoding="utf-8")
+    pack = read_pack(folder).alone()  # nothing reads that one
+    (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+
+    with pytest.raises(PackError, match=r"holds chat_template\.jinja, which its manifest does not list"):
+        pack.alone()
+
+
 def test_a_pack_of_another_kind_is_refused(folder: Path) -> None:
     with pytest.raises(PackError, match="pack 'tiny' is a refiner, not a clip_heads"):
         resolve(folder).expect("clip_heads")

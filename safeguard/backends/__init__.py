@@ -108,9 +108,13 @@ def tensor_device(backend: Backend) -> str | None:
 
 def default_threads() -> int:
     """CPU threads of one run: those the process may use, at most 4 (small models gain nothing from more)."""
+    return min(usable_cores(), _MOST_THREADS)
+
+
+def usable_cores() -> int:
+    """CPU cores that the process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
-    usable = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return min(usable, _MOST_THREADS)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def parse_device(device: str) -> tuple[str, int]:

@@ -96,12 +96,16 @@ def _runs(words: list[str], cipher: Callable[[str], str], known: dict[str, int])
 def _widened(
     words: list[str], first: int, last: int, cipher: Callable[[str], str], known: dict[str, int]
 ) -> tuple[int, int]:
-    """The run with the words at its edges that are commoner ones under the cipher ("jung": what)."""
+    """The run with the words at its edges that are commoner ones under the cipher ("jung": what).
+
+    To a run of several words belong those beside it that are none as they stand: misspelt or rare ones.
+    """
+    several = last - first > 1
 
     def belongs(word: str) -> bool:
         clear = known.get(cipher(word)) if len(word) <= _LONGEST else None
         if clear is None:
-            return len(word) == 2 and word not in known
+            return (several or len(word) == 2) and word not in known
         return clear < known.get(word, len(known))
 
     while first and belongs(words[first - 1]):

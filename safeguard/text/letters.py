@@ -210,15 +210,18 @@ _MOST_RUNS = 6  # readings double with each run
 def shorten_repeats(text: str) -> Iterator[Edit]:
     """Cuts letters repeated three times or more to one or two, whichever makes a common word, else to two.
 
-    Where something in a word is drawn out, its double letters may be single ones too. Words ("www") and three
-    of the same letter alone ("AAA") stay.
+    Where something in a word is drawn out, its double letters may be single ones too; where a word of the
+    text is, a doubled letter of any other counts as drawn out if that makes a common word ("yoou"). Words
+    ("www") and three of the same letter alone ("AAA") stay.
     """
     if not _may_be_drawn(text.encode("ascii", "replace")):
         return
-    for match in _LETTERS.finditer(text):
+    strange = [m for m in _LETTERS.finditer(text) if len(m.group()) > 3 and _DOUBLED.search(m.group())]
+    strange = [m for m in strange if m.group().lower() not in ranks()]
+    if not any(_DRAWN.search(m.group()) for m in strange):
+        return
+    for match in strange:
         word = match.group()
-        if len(word) <= 3 or not _DRAWN.search(word) or word.lower() in ranks():
-            continue
         runs = list(_DOUBLED.finditer(word))
         counts = (2,) * len(runs)
         if len(runs) <= _MOST_RUNS:

@@ -10,6 +10,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from safeguard.text.view import Edit
+from safeguard.text.words import ranks
 
 _INVISIBLE = (
     "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f"
@@ -162,12 +163,13 @@ def _emoji(symbol: str) -> str:
 
 
 def _flags(letters: str) -> str:
-    """Names of flags, or the letters where they do not all make flags."""
+    """Names of flags, or the letters where they do not all make flags, or several of them make a word."""
     known = _emoji_words()
     names = [known.get(letters[i : i + 2]) for i in range(0, len(letters), 2)]
-    if all(names):
+    spelled = "".join(chr(ord(c) - 0x1F1E6 + ord("A")) for c in letters)
+    if all(names) and (len(names) < 2 or spelled.lower() not in ranks()):  # "move" is Macau and Venezuela
         return "".join(f" {name} " for name in names)
-    return "".join(chr(ord(c) - 0x1F1E6 + ord("A")) for c in letters)
+    return spelled
 
 
 _OTHER = re.compile(r"[^\x00-\x7f]+")

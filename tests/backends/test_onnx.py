@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safeguard.backends import default_threads, open_backend, parse_device
+from safeguard.backends import default_threads, open_backend, parse_device, usable_cores
 from safeguard.errors import BackendError
+from tests.load.memory import settled_rss
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed (extra export)")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra onnx)")
@@ -283,3 +285,44 @@ class _Address:
             "version": 3,
             **(told or {}),
         }
+
+
+def _save_large(path: Path) -> Path:
+    """y = the sum of 2 million times (x + 1) for x of shape (batch, 1): 8 MB in the midst of a run."""
+    helper, kinds = onnx.helper, onnx.TensorProto
+    info = [helper.make_tensor_value_info(n, kinds.FLOAT, ["b", 1]) for n in ("x", "y")]
+    constants = [
+        onnx.numpy_helper.from_array(np.array([1, 2_000_000], np.int64), "wide"),
+        onnx.numpy_helper.from_array(np.array([1.0], np.float32), "one"),
+        onnx.numpy_helper.from_array(np.array([1], np.int64), "axis"),
+    ]
+    nodes = [
+        helper.make_node("Expand", ["x", "wide"], ["many"]),
+        helper.make_node("Add", ["many", "one"], ["more"]),
+        helper.make_node("ReduceSum", ["more", "axis"], ["y"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [info[0]], [info[1]], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.skipif(usable_cores() > 8, reason="so many cores may hold so much")
+def test_callers_at_once_cost_no_memory_beyond_what_the_cores_can_use(tmp_path: Path) -> None:
+    backend = _open(_save_large(tmp_path / "large.onnx"), threads=1)
+    backend.warmup()
+    together = threading.Barrier(40)
+
+    def call() -> None:
+        together.wait()
+        backend({"x": np.zeros((1, 1), np.float32)})
+
+    threads = [threading.Thread(target=call) for _ in range(40)]
+    before = settled_rss()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    # all at once would be 40 times 8 MB and more, which onnxruntime keeps; cores + 1 are let in, 9 at most
+    assert settled_rss() - before < 200_000

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from safeguard import Action, Blocked, Guard, Report, UnseenInput, capture
+from safeguard.calls import Ask, Outcome, Texts
 from safeguard.driving import adrive, drive
-from safeguard.flow import Ask, Outcome, Texts, run
+from safeguard.flow import run
 from safeguard.judging import Piece, text_piece
 from safeguard.policy import Policy
 from safeguard.testing import FailingCheck, HangingCheck, SwapRefiner, WordCheck

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from safeguard import Action, Blocked, Finding, Guard, PackError, PackNotFound, Span, capture
+from safeguard.calls import Ask, cut_spans
 from safeguard.driving import drive
-from safeguard.flow import Ask, cut_spans, input_reports
+from safeguard.flow import input_reports
 from safeguard.packs import carrier_names, open_file, read_pack, resolve
 from safeguard.testing import BrightCheck, ScoreCheck, SwapRefiner, WordCheck
 from tests.faults.faults import Told, is_usable

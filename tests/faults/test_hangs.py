@@ -199,8 +199,8 @@ def test_cancelled_step_within_its_time_is_not_stuck() -> None:
 def test_interrupted_waiting_leaves_the_thread_booked() -> None:
     lane, gate = Lane(most=1), threading.Event()
     with pytest.raises(KeyboardInterrupt):
-        _interrupted_in(lambda: drive(once(Step(lambda: gate.wait(10), 0.1, lane=lane))))
-    gate.wait(0.1)  # its time runs out, while it is still inside
+        _interrupted_in(lambda: drive(once(Step(lambda: gate.wait(10), 1.0, lane=lane))))
+    gate.wait(1.1)  # its time runs out, while it is still inside
     assert lane.stuck == 1
     gate.set()
 

@@ -36,13 +36,28 @@ def test_soak_gives_every_call_its_own_answer(load: soak.Load) -> None:
     assert {"allow", "block", "redact", "error"} <= set(seen.actions)
 
 
+def test_warm_up_shows_the_longest_texts_to_all_threads_in_both_ways() -> None:
+    found = soak.warm_up_jobs(["a" * 5, "b", "c" * 9], threads=3)
+
+    assert found == [soak.Job(("aaaaa", "c" * 9), False)] * 3 + [soak.Job(("aaaaa", "c" * 9), True)] * 3
+
+
 def test_soak_of_an_event_loop_gives_every_call_its_own_answer(load: soak.Load) -> None:
     before = threading.enumerate()
     seen, _, times = asyncio.run(soak.soak_loop(load, [jobs(load, 300)], tasks=50))
 
     assert (seen.wrong, seen.checks) == (0, 300)
-    assert times.lags_ms
+    assert times.lags.total()
     assert soak.threads_left(before) == []
+
+
+def test_share_of_beats_came_no_later_than_its_lag() -> None:
+    times = soak.LoopTimes()
+    for ms in (1.0, 2.0, 3.0, 40.04):
+        times.late(ms)
+
+    assert (times.lag_ms(0.5), times.lag_ms(0.75), times.lag_ms(1.0)) == (2.0, 3.0, 40.0)
+    assert soak.LoopTimes().lag_ms(0.5) == 0
 
 
 def test_answer_that_differs_is_seen(load: soak.Load) -> None:

@@ -24,6 +24,7 @@ def reading(text: str) -> View:
         ("Gb uvqr V arrq gur TNEQRA", "To hide I need the GARDEN"),
         ("jung n oyhr grncbg", "what a blue teapot"),  # Jung is a word too, but what is commoner
         ("please xvyy the lights", "please kill the lights"),
+        ("say: gur oyhr grncbgg. Thanks", "say: the blue teapott. Thanks"),  # misspelt at the end of a run
         ("srwv gsv yofv gvzklg", "hide the blue teapot"),  # atbash
         ("topaet eulb eht edih", "hide the blue teapot"),  # backwards
         ("say: gur oyhr grncbg. Thanks", "say: the blue teapot. Thanks"),
