@@ -97,7 +97,7 @@ def read_tower(source: str | Path) -> Tower:
         model, loaded = CLIPVisionModelWithProjection.from_pretrained(
             place, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError) as exc:
+    except (OSError, ValueError, KeyError, RuntimeError) as exc:  # the last: weights of another shape
         raise ExportError(str(source), f"no CLIP tower could be loaded from it: {exc}") from exc
     if loaded["missing_keys"]:
         raise ExportError(str(source), f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}")
@@ -267,7 +267,9 @@ def _refuse_heads(source: Tower, heads: Sequence[Head]) -> list[AnyHead]:
     other = [type(head).__name__ for head in heads if head not in known]
     if other:
         raise ExportError(other[0], "heads are PromptPair, Concepts or Perceptron")
-    if not known or len({head.category for head in known}) != len(known):
+    if not known:
+        raise ValueError("a tower is exported with its heads, got none; give --heads FILE")
+    if len({head.category for head in known}) != len(known):
         raise ValueError(f"each head needs a category of its own, got {[head.category for head in known]}")
     for head in known:
         if head.dimension != source.dimension:

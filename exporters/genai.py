@@ -24,9 +24,15 @@ from safeguard.errors import ExportError, MissingExtra, PackError, ParityError
 from safeguard.exporters.parity import FLOAT32, Parity, compare
 from safeguard.exporters.record import describe
 from safeguard.exporters.writing import new_folder, refuse_existing
-from safeguard.manifest import Manifest
+from safeguard.manifest import MANIFEST_NAME, Manifest
 from safeguard.packs import Pack, canonical_digest, file_digest, is_offline, read_pack, seal
-from safeguard.refiners.language_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDED_BASE
+from safeguard.refiners.language_model import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    EMBEDDED_BASE,
+    genai_version,
+    source_of,
+)
 from safeguard.refiners.template import FILE_NAME, RefinerTemplate
 
 log = logging.getLogger(__name__)
@@ -88,6 +94,7 @@ def export_genai(
             f"precision must be int8 (weights only) or float32, got {precision!r}: fewer bits change the text"
         )
     _need_builder()
+    source = source_of(source)
     refuse_existing(out, overwrite=overwrite)
     from safeguard.exporters.causal_lm import read_causal_lm, save_tokenizer
 
@@ -121,6 +128,7 @@ def export_genai(
             "export": describe(
                 model, opset=None, flavour=None, dtype=precision, parity=agreed, exporter=_builder_version()
             ),
+            **_of_pack(source),
             **(fields or {}),
         }
         return seal(folder, described)
@@ -135,10 +143,8 @@ def cached_genai(
     several processes one builds, the others wait. cache: `safeguard.smollm2.cache_folder()` by default.
     Raises as `export_genai`.
     """
-    key = canonical_digest(
-        {"source": _identity(source), "precision": precision, "by": _builder_version(), "layout": _LAYOUT}
-    )
-    folder = (cache or smollm2.cache_folder()) / "genai" / f"{_name(source)}-{key[:16]}"
+    source = source_of(source)
+    folder = place_of(source, precision=precision, cache=cache)
     found = _usable(folder)
     if found is not None:
         return found
@@ -155,6 +161,18 @@ def cached_genai(
     return read_pack(folder)
 
 
+def place_of(source: str | Path, *, precision: Precision = "int8", cache: Path | None = None) -> Path:
+    """Where `cached_genai` looks for the pack of a source, and puts it; the folder need not be there.
+
+    Raises PackError for a source that is not there, MissingExtra without onnxruntime-genai.
+    """
+    source = source_of(source)
+    key = canonical_digest(
+        {"source": _identity(source), "precision": precision, "by": _builder_version(), "layout": _LAYOUT}
+    )
+    return (cache or smollm2.cache_folder()) / "genai" / f"{_name(source)}-{key[:16]}"
+
+
 def _need_builder() -> None:
     try:
         import onnxruntime_genai
@@ -169,8 +187,6 @@ def _need_builder() -> None:
 
 
 def _builder_version() -> str:
-    from safeguard.refiners.genai_lm import genai_version
-
     return f"onnxruntime-genai {genai_version()}"
 
 
@@ -252,10 +268,18 @@ def _usable(folder: Path) -> Pack | None:
     if not folder.is_dir():
         return None
     try:
-        return read_pack(folder).verify()
+        return read_pack(folder).verify().alone()  # as it will be opened
     except PackError as exc:
         log.warning("a cached model is built again: folder=%s error=%s", folder.name, exc)
         return None
+
+
+def _of_pack(source: str | Path) -> dict[str, Any]:
+    """What the manifest of an adapter pack says that holds for what is built of it; nothing without one."""
+    if not (Path(source) / MANIFEST_NAME).is_file():
+        return {}
+    manifest = read_pack(Path(source)).manifest
+    return {"name": manifest.name, "version": manifest.version, "license": manifest.license}
 
 
 def _identity(source: str | Path) -> dict[str, Any]:
@@ -263,11 +287,11 @@ def _identity(source: str | Path) -> dict[str, Any]:
     folder = Path(source)
     if (folder / ADAPTER_CONFIG).is_file():
         return {"adapter": _digests(folder), "base": _identity(_base_of(folder))}
-    if folder.is_dir():
-        return {"files": _digests(folder)}
-    if str(source) == EMBEDDED_BASE:
+    if str(source) == EMBEDDED_BASE:  # first: `load_torch` takes no folder that happens to have this name
         smollm2.find()
         return {"embedded": smollm2.SHA256}
+    if folder.is_dir():
+        return {"files": _digests(folder)}
     try:
         import huggingface_hub as hub
     except ImportError as exc:

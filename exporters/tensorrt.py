@@ -1,7 +1,8 @@
 """ONNX files as TensorRT engines, for `tensorrt` and `tensorrt_rtx`: parsed, optimised per bucket, cached.
 
 Networks are strongly typed: fp16 and bf16 come from the types in the ONNX file, fp8 from its quantisation
-nodes (`quantise_fp8`). The graph must be of the decomposed kind (`export_graph(..., flavour="decomposed")`).
+nodes (`safeguard.exporters.fp8`). The graph must be of the decomposed kind
+(`export_graph(..., flavour="decomposed")`).
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safeguard.backends.engine_cache import EngineCache, Entry, is_ours
 from safeguard.backends.engine_spec import Axis, Buckets, EngineKey, TensorSpec, model_digest
@@ -26,9 +27,6 @@ from safeguard.backends.tensorrt_flavours import (
 )
 from safeguard.errors import BackendError, ExportError, MissingExtra
 from safeguard.files import write_whole
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
@@ -96,26 +94,6 @@ def build_engine(
             return _build(parsed, config, timing, progress)
 
     return cache.get_or_build(key, build, rebuild=rebuild)
-
-
-def quantise_fp8(model: Path, out: Path, calibration: Mapping[str, NDArray[Any]]) -> None:
-    """Writes an ONNX file with fp8 quantisation nodes, for GPUs from Ada on; the rest becomes fp16.
-
-    calibration: some hundred rows of real inputs, by name. Raises MissingExtra where modelopt is not
-    installed, ExportError with its reason where it fails.
-    """
-    try:
-        from modelopt.onnx.quantization import quantize
-    except ImportError as exc:
-        # no extra of ours: it pins older onnx and onnxruntime than we use
-        raise MissingExtra("modelopt", "", command="pip install 'nvidia-modelopt[onnx]'") from exc
-    if not calibration or not all(len(rows) for rows in calibration.values()):
-        raise ValueError("fp8 needs rows of real inputs to calibrate on, got none")
-    try:
-        quantize(str(model), quantize_mode="fp8", calibration_data=dict(calibration), output_path=str(out))
-    except Exception as exc:  # modelopt's errors have no common base class
-        out.unlink(missing_ok=True)
-        raise ExportError(model.name, f"modelopt cannot quantise it: {exc}") from exc
 
 
 def describe(network: Any) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

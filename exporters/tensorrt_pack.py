@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from safeguard.backends.engine_spec import SPEC_SUFFIX, Buckets
 from safeguard.backends.tensorrt_flavours import fits_architecture
 from safeguard.errors import ExportError, SafeguardError
 from safeguard.exporters import parity
+from safeguard.exporters.fp8 import quantised
 from safeguard.exporters.tensorrt import build_engine, weight_files
 from safeguard.exporters.writing import new_folder, refuse_existing
 from safeguard.manifest import ExportRecord, Manifest
@@ -47,28 +49,41 @@ def buckets_for(pack: Pack, buckets: Buckets) -> Buckets:
     return Buckets(lengths=lengths, batches=buckets.batches)
 
 
-def build_pack_engine(pack: Pack, *, buckets: Buckets | None = None, **options: Any) -> Entry:
+def build_pack_engine(
+    pack: Pack, *, buckets: Buckets | None = None, model: Path | None = None, **options: Any
+) -> Entry:
     """The engine of a pack's ONNX file, built into the cache where it is missing; options as `build_engine`.
 
+    model: another ONNX file of the same model, such as a quantised one.
     Raises ExportError for a pack whose model is no ONNX file, and what `build_engine` raises.
     """
-    if pack.model.suffix != ".onnx":
-        raise ExportError(
-            pack.manifest.name, f"engines are built of .onnx files, its model is {pack.model.name}"
-        )
-    return build_engine(pack.model, buckets=buckets_for(pack, buckets or Buckets()), **options)
+    _refuse_engines(pack)
+    return build_engine(model or pack.model, buckets=buckets_for(pack, buckets or Buckets()), **options)
 
 
 def export_tensorrt(
-    pack: Pack, out: Path, *, buckets: Buckets | None = None, overwrite: bool = False, **options: Any
+    pack: Pack,
+    out: Path,
+    *,
+    buckets: Buckets | None = None,
+    fp8: Path | None = None,
+    overwrite: bool = False,
+    **options: Any,
 ) -> Manifest:
     """Writes a pack with the engine in the place of the ONNX file; it loads wherever the GPU is the engine's.
 
+    fp8: texts or pictures to calibrate an fp8 engine on (`safeguard.exporters.fp8.calibration_rows`).
     Where the engine can run, it is compared with the ONNX file first. Raises what `build_pack_engine` raises,
-    ParityError, and FileExistsError for an `out` that is there.
+    ParityError, FileExistsError for an `out` that is there; with fp8 what `safeguard.exporters.fp8` raises.
     """
     refuse_existing(out, overwrite=overwrite)
-    entry = build_pack_engine(pack, buckets=buckets, **options)
+    _refuse_engines(pack)
+    with quantised(pack, fp8) if fp8 is not None else nullcontext(pack.model) as model:
+        entry = build_pack_engine(pack, buckets=buckets, model=model, **options)
+    if fp8 is not None and entry.spec.precision != "float8":
+        raise ExportError(
+            pack.manifest.name, f"modelopt found nothing in it for fp8; its engine is {entry.spec.precision}"
+        )
     agreed = compare_engine(pack, entry, options.get("device", 0)) if runs_here(entry, options) else []
     beside = PurePosixPath(pack.manifest.model.file).parent
     left = {pack.manifest.model.file, *(str(beside / name) for name in weight_files(pack.model))}
@@ -80,6 +95,13 @@ def export_tensorrt(
         (folder / ENGINE_NAME).write_bytes(entry.engine)
         (folder / (ENGINE_NAME + SPEC_SUFFIX)).write_text(entry.spec.to_json(), encoding="utf-8")
         return seal(folder, _fields(pack, entry, agreed))
+
+
+def _refuse_engines(pack: Pack) -> None:
+    if pack.model.suffix != ".onnx":
+        raise ExportError(
+            pack.manifest.name, f"engines are built of .onnx files, its model is {pack.model.name}"
+        )
 
 
 def runs_here(entry: Entry, options: Mapping[str, Any]) -> bool:

@@ -10,16 +10,19 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from safeguard.checks.readout import Readout
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+Arrays = Mapping[str, "NDArray[Any]"]
 log = logging.getLogger(__name__)
 
 PACK_FOLDER = "pack"
@@ -122,8 +125,45 @@ def worst_rows(scores: NDArray[np.float64], owners: NDArray[np.int64], count: in
     return out
 
 
-def refusal(utils: Any, exc: Exception) -> Any:
-    """An error response that says what was wrong with a request; other requests get their own answers."""
+def readout_of(manifest: Mapping[str, Any]) -> Readout:
+    """What turns the logits of a pack's model into scores."""
+    return Readout(
+        manifest["labels"],
+        ignored=manifest["ignored_labels"],
+        activation=manifest["activation"],
+        temperatures=manifest["temperatures"],
+        biases=manifest["biases"],
+        heads=manifest["heads"],
+    )
+
+
+def answered(utils: Any, requests: Sequence[Any], work: Callable[[Any], Arrays]) -> list[Any]:
+    """A response to each request; what goes wrong with one is its own answer, and the others get theirs."""
+    found = []
+    for request in requests:
+        try:
+            found.append(_answer(utils, work(request)))
+        except Exception as exc:
+            found.append(_refusal(utils, exc))
+    return found
+
+
+async def answered_at_once(
+    utils: Any, requests: Sequence[Any], work: Callable[[Any], Awaitable[Arrays]]
+) -> list[Any]:
+    """As `answered`, with all requests on their way together."""
+
+    async def one(request: Any) -> Any:
+        try:
+            return _answer(utils, await work(request))
+        except Exception as exc:
+            return _refusal(utils, exc)
+
+    return list(await asyncio.gather(*(one(request) for request in requests)))
+
+
+def _refusal(utils: Any, exc: Exception) -> Any:
+    """An error response that says what was wrong with a request."""
     log.error("request failed: error=%s", type(exc).__name__)
     return utils.InferenceResponse(output_tensors=[], error=utils.TritonError(f"{type(exc).__name__}: {exc}"))
 
@@ -134,6 +174,5 @@ def tensor_of(utils: Any, request: Any, name: str) -> NDArray[Any]:
     return found
 
 
-def answer(utils: Any, arrays: Mapping[str, NDArray[Any]]) -> Any:
-    """A response with these outputs."""
+def _answer(utils: Any, arrays: Arrays) -> Any:
     return utils.InferenceResponse(output_tensors=[utils.Tensor(n, a) for n, a in arrays.items()])

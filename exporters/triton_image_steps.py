@@ -6,7 +6,6 @@ They run only there, where there is a module `triton_python_backend_utils`.
 
 from __future__ import annotations
 
-import asyncio
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,14 @@ import numpy as np
 from PIL import Image
 
 from safeguard.checks.clip_heads import HEADS_NAME, read_heads
-from safeguard.checks.readout import Readout
 from safeguard.exporters.triton_calls import (
+    Arrays,
     ModelCalls,
     StepPack,
-    answer,
+    answered,
+    answered_at_once,
     backend_utils,
-    refusal,
+    readout_of,
     tensor_of,
     worst_rows,
 )
@@ -46,22 +46,16 @@ class ImagePixels:
         self._max_frames = pack.number("max_frames")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return [self._answer(request) for request in requests]
+        return answered(self._utils, requests, self._pixels)
 
-    def _answer(self, request: Any) -> Any:
-        try:
-            files = tensor_of(self._utils, request, "IMAGE").reshape(-1)
-            found = prepare([_decoded(raw) for raw in files], self._spec, max_frames=self._max_frames)
-        except Exception as exc:
-            return refusal(self._utils, exc)
-        return answer(
-            self._utils,
-            {
-                "PIXELS": found.array,
-                "OWNERS": found.owners.astype(np.int32),
-                "COUNT": np.array([len(files)], np.int32),
-            },
-        )
+    def _pixels(self, request: Any) -> Arrays:
+        files = tensor_of(self._utils, request, "IMAGE").reshape(-1)
+        found = prepare([_decoded(raw) for raw in files], self._spec, max_frames=self._max_frames)
+        return {
+            "PIXELS": found.array,
+            "OWNERS": found.owners.astype(np.int32),
+            "COUNT": np.array([len(files)], np.int32),
+        }
 
 
 class ImageScores:
@@ -75,21 +69,16 @@ class ImageScores:
         self._read, self._labels = _reader(pack)
 
     async def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return list(await asyncio.gather(*(self._answer(request) for request in requests)))
+        return await answered_at_once(self._utils, requests, self._worst)
 
-    async def _answer(self, request: Any) -> Any:
-        try:
-            pixels, owners, count = (
-                tensor_of(self._utils, request, n) for n in ("PIXELS", "OWNERS", "COUNT")
-            )
-            starts = range(0, len(pixels), self._rows)
-            parts = [pixels[start : start + self._rows] for start in starts]
-            found = await self._model([{self._input: part} for part in parts])
-            scores = [self._read(rows, len(part)) for rows, part in zip(found, parts, strict=True)]
-            joined = np.concatenate(scores) if scores else np.empty((0, self._labels))
-            return answer(self._utils, {"SCORES": worst_rows(joined, owners, int(count[0]))})
-        except Exception as exc:
-            return refusal(self._utils, exc)
+    async def _worst(self, request: Any) -> Arrays:
+        pixels, owners, count = (tensor_of(self._utils, request, n) for n in ("PIXELS", "OWNERS", "COUNT"))
+        starts = range(0, len(pixels), self._rows)
+        parts = [pixels[start : start + self._rows] for start in starts]
+        found = await self._model([{self._input: part} for part in parts])
+        scores = [self._read(rows, len(part)) for rows, part in zip(found, parts, strict=True)]
+        joined = np.concatenate(scores) if scores else np.empty((0, self._labels))
+        return {"SCORES": worst_rows(joined, owners, int(count[0]))}
 
 
 def _reader(pack: StepPack) -> tuple[Callable[[NDArray[Any], int], NDArray[np.float64]], int]:
@@ -105,14 +94,7 @@ def _reader(pack: StepPack) -> tuple[Callable[[NDArray[Any], int], NDArray[np.fl
             return np.stack([head.probability(head.raw(wide)) for head in heads], axis=1)
 
         return read, len(heads)
-    readout = Readout(
-        manifest["labels"],
-        ignored=manifest["ignored_labels"],
-        activation=manifest["activation"],
-        temperatures=manifest["temperatures"],
-        biases=manifest["biases"],
-        heads=manifest["heads"],
-    )
+    readout = readout_of(manifest)
     return readout, len(readout.labels)
 
 

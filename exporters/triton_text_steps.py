@@ -6,21 +6,21 @@ They run only there, where there is a module `triton_python_backend_utils`.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from safeguard.checks.readout import Readout
 from safeguard.checks.tokens import TokenCutter
 from safeguard.exporters.triton_calls import (
+    Arrays,
     ModelCalls,
     StepPack,
-    answer,
+    answered,
+    answered_at_once,
     backend_utils,
-    refusal,
+    readout_of,
     tensor_of,
     worst_rows,
 )
@@ -49,28 +49,22 @@ class TextTokens:
         self._overlap = min(window["overlap"], self._size // 2)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return [self._answer(request) for request in requests]
+        return answered(self._utils, requests, self._tokens)
 
-    def _answer(self, request: Any) -> Any:
-        try:
-            texts = [raw.decode("utf-8") for raw in tensor_of(self._utils, request, "TEXT").reshape(-1)]
-            rows: list[list[int]] = []
-            owners: list[int] = []
-            for i, text in enumerate(texts):
-                found = self._rows(text)
-                rows += found
-                owners += [i] * len(found)
-        except Exception as exc:
-            return refusal(self._utils, exc)
-        return answer(
-            self._utils,
-            {
-                "INPUT_IDS": np.array([token for row in rows for token in row], np.int64),
-                "LENGTHS": np.array([len(row) for row in rows], np.int32),
-                "OWNERS": np.array(owners, np.int32),
-                "COUNT": np.array([len(texts)], np.int32),
-            },
-        )
+    def _tokens(self, request: Any) -> Arrays:
+        texts = [raw.decode("utf-8") for raw in tensor_of(self._utils, request, "TEXT").reshape(-1)]
+        rows: list[list[int]] = []
+        owners: list[int] = []
+        for i, text in enumerate(texts):
+            found = self._rows(text)
+            rows += found
+            owners += [i] * len(found)
+        return {
+            "INPUT_IDS": np.array([token for row in rows for token in row], np.int64),
+            "LENGTHS": np.array([len(row) for row in rows], np.int32),
+            "OWNERS": np.array(owners, np.int32),
+            "COUNT": np.array([len(texts)], np.int32),
+        }
 
     def _rows(self, text: str) -> list[list[int]]:
         """The windows of every reading of one text, each with the model's special tokens."""
@@ -99,14 +93,7 @@ class TextScores:
         self._utils, pack = backend_utils(), StepPack.open(args)
         self._model = ModelCalls(self._utils, pack)
         manifest = pack.manifest
-        self._readout = Readout(
-            manifest["labels"],
-            ignored=manifest["ignored_labels"],
-            activation=manifest["activation"],
-            temperatures=manifest["temperatures"],
-            biases=manifest["biases"],
-            heads=manifest["heads"],
-        )
+        self._readout = readout_of(manifest)
         self._inputs = manifest["model"]["inputs"]
         self._pad_id = TokenCutter(Tokenizer.from_str(pack.read("tokenizer.json").decode())).pad_id
         most = pack.number("max_rows")
@@ -116,17 +103,13 @@ class TextScores:
         self._buckets = Buckets(lengths, rows) if lengths else None
 
     async def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return list(await asyncio.gather(*(self._answer(request) for request in requests)))
+        return await answered_at_once(self._utils, requests, self._worst)
 
-    async def _answer(self, request: Any) -> Any:
-        try:
-            ids, lengths, owners, count = (
-                tensor_of(self._utils, request, name) for name in ("INPUT_IDS", "LENGTHS", "OWNERS", "COUNT")
-            )
-            scores = await self._scores(np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else [])
-            return answer(self._utils, {"SCORES": worst_rows(scores, owners, int(count[0]))})
-        except Exception as exc:
-            return refusal(self._utils, exc)
+    async def _worst(self, request: Any) -> Arrays:
+        names = ("INPUT_IDS", "LENGTHS", "OWNERS", "COUNT")
+        ids, lengths, owners, count = (tensor_of(self._utils, request, name) for name in names)
+        scores = await self._scores(np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else [])
+        return {"SCORES": worst_rows(scores, owners, int(count[0]))}
 
     async def _scores(self, rows: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
         runs = plan_runs([len(row) for row in rows], self._max_tokens, self._buckets)

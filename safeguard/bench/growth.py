@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from safeguard.bench.models import make_text_models
 from safeguard.bench.process import OURS, PEERS, Start, Worker, workers
@@ -14,10 +14,8 @@ from safeguard.bench.timing import ContenderFailed, Sample, interleave
 
 BATCHES = (1, 8, 64)
 LENGTHS = (16, 64, 256, 512)
-_BUDGET_S = 5.0  # of all repeats of one cell of one contender
-_FEWEST = 3
-_LARGEST = {"text-guard-s": 64 * 512}
-_LARGEST_BERT = 4096  # tokens in a call; 64 texts of 512 would take a minute each
+LONGEST_CALL_S = 2.5
+"""A contender whose call takes longer is left out of a cell: 20 repeats of it would take a minute."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +38,10 @@ CELLS = [Cell(batch, length) for batch in BATCHES for length in LENGTHS]
 
 
 def run_growth(settings: Settings) -> Section:
-    """Goal 5: batch 1, 8, 64 by length 16, 64, 256, 512; peak memory of each process after all of it.
+    """Goal 5: batch 1, 8, 64 by length 16, 64, 256, 512; peak memory of each process up to each cell.
 
-    A cell has as many repeats as fit into a few seconds, three at least, and those of calls that would take
-    minutes are left out; `runs` says how many there were.
+    Every row has all repeats. Cells in which one call of a contender takes longer than LONGEST_CALL_S are
+    left out for it, and the notes say which.
     """
     made = make_text_models(settings.work / "text", tiny=settings.tiny, say=settings.say)
     section = Section("growth", "Growth: time per text with batch and length, peak memory of the process")
@@ -57,54 +55,74 @@ def run_growth(settings: Settings) -> Section:
     notes = {start.name: start.note for start in starts}
     with workers(starts, settings.work / "logs" / "growth", say=settings.say) as (running, failed):
         section.failed |= failed
-        loaded = {name: worker.peak_mb for name, worker in running.items()}
-        for cell in CELLS:
-            _measure(section, settings, running, cell, notes)
-        for i, row in enumerate(section.rows):
-            memory = {"loaded_mb": loaded[row.contender], "peak_mb": running[row.contender].peak_mb}
-            section.rows[i] = replace(row, more={**row.more, **memory})
+        section.about = {name: worker.about for name, worker in running.items()}
+        grid = Grid(section, settings, running, notes, {n: worker.peak_mb for n, worker in running.items()})
+        for cell in sorted(
+            CELLS, key=lambda cell: (cell.tokens, cell.batch)
+        ):  # so that peaks tell them apart
+            settings.say(f"growth: {cell.workload}")
+            grid.measure(cell)
+    order = [cell.workload for cell in CELLS]
+    section.rows.sort(key=lambda row: order.index(row.workload))
     section.notes += [
-        f"repeats of a cell fit into {_BUDGET_S:g} s, {_FEWEST} at least; calls of more than "
-        f"{_LARGEST_BERT} tokens are left out for the BERT-base models",
+        "peak: most memory of the process up to that cell, from the fewest tokens in a call to the most",
         "text-guard-s reads longer texts in windows of 128 tokens",
+        *grid.left_out(),
     ]
     return section
 
 
-def _measure(
-    section: Section, settings: Settings, running: dict[str, Worker], cell: Cell, notes: dict[str, str]
-) -> None:
-    """One cell: those contenders that can afford it, interleaved, each with its own number of repeats."""
-    able = {
-        name: _contender(worker, cell)
-        for name, worker in running.items()
-        if cell.tokens <= _LARGEST.get(name, _LARGEST_BERT) and name not in section.failed
-    }
-    repeats = {}
-    for name, contender in list(able.items()):
-        try:
-            contender(-2)
-            repeats[name] = repeats_in(_BUDGET_S, contender(-1).seconds, settings.repeats)
-        except ContenderFailed as exc:
-            section.failed[name] = exc.reason
-            del able[name]
-    samples: dict[str, list[float]] = {name: [] for name in able}
-    for turn in range(max(repeats.values(), default=0)):
-        now = {name: able[name] for name in able if turn < repeats[name] and name not in section.failed}
-        outcome = interleave(now, 1, warmups=0, seed=settings.seed + turn)
-        section.failed |= outcome.failed
+@dataclass
+class Grid:
+    """The contenders on their way from the smallest cell to the largest."""
+
+    section: Section
+    settings: Settings
+    running: Mapping[str, Worker]
+    notes: Mapping[str, str]
+    loaded_mb: Mapping[str, float | None]
+    costs: dict[str, float] = field(default_factory=dict)
+    """Seconds for a token, as in the last cell."""
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+    def measure(self, cell: Cell) -> None:
+        """Adds a row for each contender that can afford the cell, all of them interleaved."""
+        able = {n: _contender(worker, cell) for n, worker in self.running.items() if self._affords(n, cell)}
+        outcome = interleave(able, self.settings.repeats, warmups=0, seed=self.settings.seed)
+        self.section.failed |= outcome.failed
         for name in outcome.samples:
-            samples[name] += outcome.per_item(name)
-    settings.say(f"growth: {cell.workload}")
-    for name, seconds in samples.items():
-        if seconds:
-            more = {"batch": cell.batch, "tokens": cell.length}
-            section.rows.append(Row(name, cell.workload, seconds, cell.batch, notes[name], more))
+            memory = {"loaded_mb": self.loaded_mb[name], "peak_mb": self.running[name].peak_mb}
+            more = {"batch": cell.batch, "tokens": cell.length, **memory}
+            seconds = outcome.per_item(name)
+            self.section.rows.append(
+                Row(name, cell.workload, seconds, cell.batch, self.notes[name], more),
+            )
 
+    def left_out(self) -> list[str]:
+        """One sentence for each contender that was not measured everywhere."""
+        return [
+            f"{name}, left out since a call takes more than {LONGEST_CALL_S:g} s: {', '.join(cells)}"
+            for name, cells in self.skipped.items()
+        ]
 
-def repeats_in(budget_s: float, seconds: float, most: int) -> int:
-    """How many runs of that many seconds fit into a budget: at least 3, at most `most`."""
-    return min(most, max(_FEWEST, int(budget_s / max(seconds, 1e-9))))
+    def _affords(self, name: str, cell: Cell) -> bool:
+        """Whether a call is short enough: as the last cell has it, then as the second of two warm-ups."""
+        if name in self.section.failed:
+            return False
+        seconds = self.costs.get(name, 0.0) * cell.tokens
+        if seconds <= 2 * LONGEST_CALL_S:  # more is hopeless, so not even tried
+            call = _contender(self.running[name], cell)
+            try:
+                call(-2)
+                seconds = call(-1).seconds
+            except ContenderFailed as exc:
+                self.section.failed[name] = exc.reason
+                return False
+            self.costs[name] = seconds / cell.tokens
+        if seconds > LONGEST_CALL_S:
+            self.skipped.setdefault(name, []).append(cell.workload)
+            return False
+        return True
 
 
 def _contender(worker: Worker, cell: Cell) -> Callable[[int], Sample]:

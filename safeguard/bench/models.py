@@ -17,6 +17,7 @@ import numpy as np
 from safeguard.checks.clip_heads import Concepts, Head, Perceptron, PromptPair
 from safeguard.errors import MissingExtra
 from safeguard.exporters import clip, text_classifier
+from safeguard.exporters.writing import new_folder
 from safeguard.packs import resolve
 
 try:
@@ -28,6 +29,7 @@ except ImportError as exc:
 LABELS = ("toxicity", "severe_toxicity", "obscene", "threat", "insult", "identity_attack")
 WINDOW = 512
 SEED = 0
+_WEIGHTS = "model.safetensors"  # written last, so a folder that has it is whole
 Say = Callable[[str], None]
 
 
@@ -64,10 +66,11 @@ class Made:
 def make_text_models(folder: Path, *, tiny: bool = False, say: Say = lambda _: None) -> Made:
     """A classifier of toxic-bert's architecture (BERT-base, six labels) with text-guard-s's vocabulary.
 
-    What is there already is used again.
+    What is there already is used again; tiny models lie beside the others, in a folder of their own.
     """
+    folder = folder.with_name(f"{folder.name}-tiny") if tiny else folder
     made = Made(folder / "source", folder / "float32", folder / "int8")
-    if not (made.source / "config.json").is_file():
+    if not (made.source / _WEIGHTS).is_file():
         say("making a random BERT")
         torch.manual_seed(SEED)
         config = transformers.BertConfig(
@@ -77,8 +80,11 @@ def make_text_models(folder: Path, *, tiny: bool = False, say: Say = lambda _: N
             **(TINY_TEXT if tiny else {}),
         )
         model = transformers.BertForSequenceClassification(config).eval()
-        _write_tokenizer(made.source)
-        model.save_pretrained(made.source)
+        with new_folder(
+            made.source, overwrite=True, marker="config.json"
+        ) as aside:  # whole, or made again the next time
+            _write_tokenizer(aside)
+            model.save_pretrained(aside)
     if not made.int8.is_dir() or not made.float32.is_dir():
         read = text_classifier.read_text_model(made.source)
         export = text_classifier.export_text_classifier
@@ -95,7 +101,7 @@ def make_image_models(folder: Path, tower: str = "ViT-B/32", *, say: Say = lambd
         raise MissingExtra("diffusers", "diffusers") from exc
     made = Made(folder / "source", folder / "float32", folder / "int8")
     sizes = TOWERS[tower]
-    if not (made.source / "config.json").is_file():
+    if not (made.source / _WEIGHTS).is_file():
         say(f"making a random safety checker, {tower}")
         torch.manual_seed(SEED)
         vision = transformers.CLIPVisionConfig(**sizes)
@@ -107,7 +113,8 @@ def make_image_models(folder: Path, tower: str = "ViT-B/32", *, say: Say = lambd
         with torch.no_grad():
             for head in (checker.concept_embeds, checker.special_care_embeds):
                 head.normal_()
-        checker.save_pretrained(made.source)
+        with new_folder(made.source, overwrite=True, marker="config.json") as aside:
+            checker.save_pretrained(aside)
     if not made.int8.is_dir() or not made.float32.is_dir():
         source = clip.tower(_tower_of(made.source, sizes), name="random-clip")
         heads = random_heads(sizes["projection_dim"])
@@ -147,7 +154,6 @@ def _inner(vision: Any) -> Any:
 
 def _write_tokenizer(folder: Path) -> None:
     """text-guard-s's vocabulary (that of bert-base-uncased) in every form that the peers read."""
-    folder.mkdir(parents=True, exist_ok=True)
     content = json.loads(resolve("text-guard-s").read("tokenizer.json"))
     content["truncation"] = content["padding"] = None
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")

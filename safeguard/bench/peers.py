@@ -162,7 +162,9 @@ def safety_checker(options: dict[str, Any]) -> Peer:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
     checker = StableDiffusionSafetyChecker.from_pretrained(options["source"]).eval()
-    second = StableDiffusionSafetyChecker.from_pretrained(options["source"]).eval()
+    second = None  # not loaded where it is not used: memory is measured, too
+    if options["q16"]:
+        second = StableDiffusionSafetyChecker.from_pretrained(options["source"]).eval()
     size = checker.config.vision_config.image_size
     edges = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     extract = transformers.CLIPImageProcessor(**edges)
@@ -174,7 +176,7 @@ def safety_checker(options: dict[str, Any]) -> Peer:
     def check(images: list[Any]) -> Any:
         pixels = extract(images, return_tensors="pt").pixel_values
         found = checker(images=[np.asarray(image) for image in images], clip_input=pixels)
-        if not options["q16"]:
+        if second is None:
             return found
         with torch.no_grad():
             pixels = extract(images, return_tensors="pt").pixel_values

@@ -262,6 +262,7 @@ _FIELDS = {
     "concepts": ("concepts", "thresholds", "special", "special_thresholds"),
     "perceptron": ("weight", "bias", "out_weight", "out_bias"),
 }
+_NUMBERS = ("scale", "out_bias")
 
 
 def write_heads(path: Path, heads: Sequence[PromptPair | Concepts | Perceptron]) -> None:
@@ -270,7 +271,7 @@ def write_heads(path: Path, heads: Sequence[PromptPair | Concepts | Perceptron])
     for head in heads:
         kind = next(kind for kind, made in _KINDS.items() if isinstance(head, made))
         for name in _FIELDS[kind]:
-            arrays[f"{head.category}:{kind}:{name}"] = np.ascontiguousarray(getattr(head, name))
+            arrays[f"{head.category}:{kind}:{name}"] = np.asarray(getattr(head, name), order="C")
     with replaced(path) as part:
         if path.suffix == ".safetensors":
             _safetensors().save_file(arrays, part)
@@ -291,7 +292,8 @@ def read_heads(path: str | Path, content: bytes | None = None) -> list[Head]:
         kind, _, name = rest.partition(":")
         if kind not in _KINDS or name not in _FIELDS[kind]:
             raise PackError(f"{path.name}: {key!r} must be category:kind:field, kinds: {', '.join(_KINDS)}")
-        found.setdefault((category, kind), {})[name] = array.item() if array.ndim == 0 else array
+        is_number = array.ndim == 0 or (name in _NUMBERS and array.size == 1)  # (1,) in older files
+        found.setdefault((category, kind), {})[name] = array.item() if is_number else array
     try:
         return [_KINDS[kind](category, **fields) for (category, kind), fields in found.items()]
     except (TypeError, ValueError) as exc:

@@ -37,6 +37,7 @@ IGNORED_LABELS = frozenset(
 """Labels that are no risk and are left out of the scores."""
 RENAMED = {"toxicity": "toxic", "severe_toxicity": "severe_toxic", "identity_attack": "identity_hate"}
 """One name for one thing: Detoxify's names to those of the Jigsaw data and of toxic-bert's own config."""
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _MAX_TOKENS = 512
 _STRIDE = 384
 
@@ -60,27 +61,14 @@ def load(
     Raises PackError when there is no such model or its labels say nothing, BackendError for a device that is
     not there or cannot do that, MissingExtra without torch.
     """
-    try:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    except ImportError as exc:
-        raise MissingExtra("transformers", "torch") from exc
+    _require_transformers()
     from safeguard.backends.torch import torch_device
 
     torch_device(device)  # before anything is downloaded
-    options = {"revision": revision, "local_files_only": is_offline(), "trust_remote_code": False}
-    try:
-        loaded = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(model, **options)
-    except (OSError, ValueError) as exc:
-        raise PackError(f"no text classifier could be loaded from {str(model)!r}: {exc}") from exc
-    if not getattr(tokenizer, "is_fast", False):
-        raise PackError(f"{str(model)!r} has no fast tokenizer (tokenizer.json), so windows cannot be cut")
+    loaded, tokenizer = _read(model, revision)
     columns = label_columns(loaded.config.id2label, str(model))
-    inputs = [
-        n for n in ("input_ids", "attention_mask", "token_type_ids") if n in tokenizer.model_input_names
-    ]
+    inputs = [n for n in _INPUTS if n in tokenizer.model_input_names]
     window = window_of(loaded.config, tokenizer.model_max_length)
-    in_shapes = device != "cpu" or torch_run != "eager"
     backend = _backend(
         loaded.eval(),
         inputs,
@@ -90,12 +78,11 @@ def load(
         device=device,
         dtype=torch_dtype,
     )
-    risky = [c for c in columns if c.lower() not in IGNORED_LABELS] if ignored is None else None
-    left_out = [c for c in columns if c not in risky] if risky is not None else list(ignored or ())
+    in_shapes = device != "cpu" or torch_run != "eager"
     return TextClassifier(
         backend,
         tokenizer.backend_tokenizer,
-        Readout(columns, ignored=left_out, activation=activation_of(loaded.config)),
+        Readout(columns, ignored=_left_out(columns, ignored), activation=activation_of(loaded.config)),
         window,
         name=name or str(model).rstrip("/").rsplit("/", 1)[-1],
         inputs=inputs,
@@ -104,6 +91,35 @@ def load(
         max_tokens=4096 if device == "cpu" else GPU_TOKENS,
         buckets=Buckets() if in_shapes else None,
     )
+
+
+def _require_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as exc:
+        raise MissingExtra("transformers", "torch") from exc
+
+
+def _read(model: str | Path, revision: str | None) -> tuple[Any, Any]:
+    """(classifier, fast tokenizer); PackError where either is not to be had."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    options = {"revision": revision, "local_files_only": is_offline(), "trust_remote_code": False}
+    try:
+        loaded = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model, **options)
+    except (OSError, ValueError) as exc:
+        raise PackError(f"no text classifier could be loaded from {str(model)!r}: {exc}") from exc
+    if not getattr(tokenizer, "is_fast", False):
+        raise PackError(f"{str(model)!r} has no fast tokenizer (tokenizer.json), so windows cannot be cut")
+    return loaded, tokenizer
+
+
+def _left_out(columns: Sequence[str], ignored: Sequence[str] | None) -> list[str]:
+    """The labels that are no risk: those named, or the known ones."""
+    if ignored is not None:
+        return list(ignored)
+    return [column for column in columns if column.lower() in IGNORED_LABELS]
 
 
 def _backend(

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json as json_module
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,15 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safeguard.cli import export_genai, export_tensorrt, export_triton
+from safeguard.cli.exporting import (
+    License,
+    Overwrite,
+    PackName,
+    RecordJson,
+    hush,
+    pack_fields,
+    progress,
+    report,
+    terminable,
+)
 
 if TYPE_CHECKING:
     from safeguard.manifest import Manifest
 
 app = typer.Typer(no_args_is_help=True, help="Export models, compared with what they came from.")
-
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the pack at OUT, at the end and at once.")
-]
 
 
 class Task(StrEnum):
@@ -58,6 +62,54 @@ class Via(StrEnum):
     optimum = "optimum"
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The options of one export that not every task takes; None, empty or False where not given."""
+
+    heads: Sequence[Path]
+    head: Sequence[str]
+    dtype: Dtype | None
+    opset: int | None
+    flavour: Flavour | None
+    labels: str | None
+    texts: Path | None
+    max_flips: float | None
+    optimise: bool
+    via_optimum: bool
+
+    def refuse_others(self, task: Task) -> None:
+        """Raises ValueError for an option that this task would not look at."""
+        known = _TAKES[task]
+        given = [f.name for f in fields(self) if getattr(self, f.name) not in (None, (), False)]
+        for name in given:
+            if name not in known:
+                flags = ", ".join(_flag(one) for one in known if one != "via_optimum")
+                raise ValueError(f"{_flag(name)} says nothing to a model of task {task}; it takes {flags}")
+
+    @property
+    def numbers(self) -> str:
+        return (self.dtype or Dtype.float32).value
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Flavour and opset; an old opset without a flavour means a decomposed graph."""
+        is_old = self.opset is not None and self.opset < 23
+        flavour = self.flavour or (Flavour.decomposed if is_old else Flavour.native)
+        return {"flavour": flavour.value, "opset": self.opset}
+
+    @property
+    def names(self) -> list[str] | None:
+        return [part.strip() for part in self.labels.split(",")] if self.labels else None
+
+
+_SHAPE = ("dtype", "opset", "flavour")
+_TAKES: Mapping[Task, Sequence[str]] = {
+    Task.text_classifier: (*_SHAPE, "labels", "texts", "max_flips", "optimise"),
+    Task.clip: (*_SHAPE, "heads", "head", "max_flips"),
+    Task.causal_lm: _SHAPE,
+    Task.optimum: ("labels", "via_optimum"),
+}
+
 app.command("tensorrt")(export_tensorrt.tensorrt)
 app.command("genai")(export_genai.genai)
 app.command("triton")(export_triton.triton)
@@ -80,7 +132,7 @@ def onnx(
     head: Annotated[
         list[str] | None, typer.Option(help="Only the heads of these categories; may be repeated.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Numbers inside the graph.")] = Dtype.float32,
+    dtype: Annotated[Dtype | None, typer.Option(help="Numbers inside the graph; by default float32.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; by default 23 (native) or 20.")] = None,
     flavour: Annotated[
         Flavour | None, typer.Option(help="native for onnxruntime (default), decomposed for TensorRT.")
@@ -93,102 +145,34 @@ def onnx(
         float | None, typer.Option(min=0, max=1, help="Largest share of decisions that may differ.")
     ] = None,
     optimise: Annotated[bool, typer.Option("--optimise", help="Fuse layers for onnxruntime.")] = False,
-    name: Annotated[str | None, typer.Option(help="The pack's name; by default that of SOURCE.")] = None,
-    license: Annotated[str | None, typer.Option(help="The model's licence, for the pack's manifest.")] = None,
+    name: PackName = None,
+    license: License = None,
     via: Annotated[Via, typer.Option(help="Who writes the graph.")] = Via.torch,
     overwrite: Overwrite = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the record of the export as JSON.")] = False,
+    json: RecordJson = False,
 ) -> None:
     """A text classifier, CLIP tower with heads, or causal LM as an ONNX pack."""
     from safeguard.exporters.writing import refuse_existing
 
     _refuse_nested(source, out)
     refuse_existing(out, overwrite=overwrite)
-    chosen = _task_of(source) if task is Task.auto else task
-    fields = {k: v for k, v in (("name", name), ("license", license)) if v}
-    shape = _shape(flavour, opset)
-    names = [part.strip() for part in labels.split(",")] if labels else None
+    chosen = _chosen(source, task, via)
+    picked = (tuple(heads or ()), tuple(head or ()))
+    by_optimum = via is Via.optimum
+    asked = _Asked(*picked, dtype, opset, flavour, labels, texts, max_flips, optimise, by_optimum)
+    asked.refuse_others(chosen)
     with terminable(), progress() as say:
-        if via is Via.optimum or chosen is Task.optimum:
-            made = _from_optimum(source, out, via, labels=names, overwrite=overwrite, fields=fields, say=say)
-        elif chosen is Task.clip:
-            hush()
-            from safeguard.exporters import clip
-
-            found = clip.read_named_heads(heads or [], head or ())
-            made = clip.export_clip(
-                clip.read_tower(source),
-                found,
-                out,
-                dtype=dtype.value,
-                max_flips=max_flips,
-                overwrite=overwrite,
-                fields=fields,
-                say=say,
-                **shape,
-            )
-        elif chosen is Task.causal_lm:
-            made = _causal_lm(source, out, dtype, fields, overwrite=overwrite, say=say, **shape)
-        else:
-            hush()
-            from safeguard.exporters import text_classifier as text
-
-            made = text.export_text_classifier(
-                text.read_text_model(source, labels=names),
-                out,
-                dtype=dtype.value,
-                optimise=optimise,
-                texts=_lines(texts),
-                max_flips=max_flips,
-                overwrite=overwrite,
-                fields=fields,
-                say=say,
-                **shape,
-            )
+        common = {"overwrite": overwrite, "fields": pack_fields(name, license), "say": say}
+        made = _EXPORTS[chosen](source, out, asked, common)
     report(made, out, json=json)
 
 
-@contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A function to tell each long step: a spinner on a terminal, lines on stderr elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda step: typer.echo(step, err=True)
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("starting") as status:
-        yield status.update
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that nothing half-written stays behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def hush() -> None:
-    """No bars of transformers' own between the steps."""
-    from safeguard.errors import MissingExtra
-
-    try:
-        from transformers.utils import logging
-    except ImportError as exc:
-        raise MissingExtra("transformers", "export") from exc
-    logging.disable_progress_bar()
-
-
-def _shape(flavour: Flavour | None, opset: int | None) -> dict[str, Any]:
-    """Flavour and opset; an old opset without a flavour means a decomposed graph."""
-    if flavour is None:
-        flavour = Flavour.decomposed if opset is not None and opset < 23 else Flavour.native
-    return {"flavour": flavour.value, "opset": opset}
+def _chosen(source: str, task: Task, via: Via) -> Task:
+    if via is Via.torch:
+        return _task_of(source) if task is Task.auto else task
+    if task in (Task.clip, Task.causal_lm):
+        raise ValueError(f"--via optimum is for text classifiers, not for task {task}")
+    return Task.optimum
 
 
 def _task_of(source: str) -> Task:
@@ -213,30 +197,63 @@ def _task_of(source: str) -> Task:
     return Task.text_classifier
 
 
-def _causal_lm(source: str, out: Path, dtype: Dtype, fields: dict[str, str], **options: Any) -> Manifest:
+def _text_classifier(source: str, out: Path, asked: _Asked, common: Mapping[str, Any]) -> Manifest:
+    hush()
+    from safeguard.exporters.text_classifier import export_text_classifier, read_text_model
+
+    numbers: Any = asked.numbers
+    return export_text_classifier(
+        read_text_model(source, labels=asked.names),
+        out,
+        dtype=numbers,
+        optimise=asked.optimise,
+        texts=_lines(asked.texts),
+        max_flips=asked.max_flips,
+        **asked.shape,
+        **common,
+    )
+
+
+def _clip(source: str, out: Path, asked: _Asked, common: Mapping[str, Any]) -> Manifest:
+    hush()
+    from safeguard.exporters.clip import export_clip, read_named_heads, read_tower
+
+    numbers: Any = asked.numbers
+    found = read_named_heads(asked.heads, asked.head)
+    tower = read_tower(source)
+    return export_clip(tower, found, out, dtype=numbers, max_flips=asked.max_flips, **asked.shape, **common)
+
+
+def _causal_lm(source: str, out: Path, asked: _Asked, common: Mapping[str, Any]) -> Manifest:
     hush()
     from safeguard.exporters.causal_lm import export_causal_lm, read_causal_lm
     from safeguard.exporters.text_classifier import pack_name
 
-    numbers: Any = "int8-weights" if dtype is Dtype.int8 else dtype.value
+    numbers: Any = "int8-weights" if asked.dtype is Dtype.int8 else asked.numbers
     model, tokenizer, template = read_causal_lm(source)
-    return export_causal_lm(
-        model,
-        tokenizer,
-        out,
-        dtype=numbers,
-        template=template,
-        fields={"name": pack_name(source), **fields},
-        **options,
-    )
+    named = {**common, "fields": {"name": pack_name(source), **common["fields"]}}
+    return export_causal_lm(model, tokenizer, out, dtype=numbers, template=template, **asked.shape, **named)
 
 
-def _from_optimum(source: str, out: Path, via: Via, **options: Any) -> Manifest:
+def _from_optimum(source: str, out: Path, asked: _Asked, common: Mapping[str, Any]) -> Manifest:
     from safeguard.exporters import optimum
 
-    if via is Via.optimum and not optimum.is_optimum(Path(source).expanduser()):
-        return optimum.export_via_optimum(source, out, **options)
-    return optimum.convert(Path(source).expanduser(), out, **options)
+    folder = Path(source).expanduser()
+    if asked.via_optimum and not optimum.is_optimum(folder):
+        return optimum.export_via_optimum(source, out, labels=asked.names, **common)
+    return optimum.convert(folder, out, labels=asked.names, **common)
+
+
+_EXPORTS: Mapping[Task, Callable[[str, Path, _Asked, Mapping[str, Any]], Manifest]] = {
+    Task.text_classifier: _text_classifier,
+    Task.clip: _clip,
+    Task.causal_lm: _causal_lm,
+    Task.optimum: _from_optimum,
+}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _refuse_nested(source: str, out: Path) -> None:
@@ -252,15 +269,3 @@ def _lines(path: Path | None) -> list[str] | None:
     if not found:
         raise ValueError(f"{path} holds no text")
     return found
-
-
-def report(made: Manifest, out: Path, *, json: bool) -> None:
-    """Print where a pack lies and how far it is from its model."""
-    record = made.export
-    if json:
-        typer.echo(record.model_dump_json() if record else "null")
-        return
-    typer.echo(f"{out}: {made.name}, {made.kind}, {made.precision}")
-    for one in record.parity if record else ():
-        flips = f", {one.flips} of {one.decisions} decisions differ" if one.decisions else ""
-        typer.echo(f"  {one.tensor}: off by at most {one.max_abs:.2g} (largest {one.scale:.3g}){flips}")

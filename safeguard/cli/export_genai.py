@@ -8,6 +8,18 @@ from typing import Annotated
 
 import typer
 
+from safeguard.cli.exporting import (
+    License,
+    Overwrite,
+    PackName,
+    RecordJson,
+    hush,
+    pack_fields,
+    progress,
+    report,
+    terminable,
+)
+
 
 class Precision(StrEnum):
     """Numbers that the weights are kept in."""
@@ -26,26 +38,25 @@ def genai(
         typer.Option(help="Folder for the pack; by default the user's cache, where it is looked for."),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Numbers of the weights.")] = Precision.int8,
-    name: Annotated[str | None, typer.Option(help="The pack's name; by default that of SOURCE.")] = None,
-    license: Annotated[str | None, typer.Option(help="The model's licence, for the pack's manifest.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pack at OUT, at once.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the record of the export as JSON.")] = False,
+    name: PackName = None,
+    license: License = None,
+    overwrite: Overwrite = False,
+    json: RecordJson = False,
 ) -> None:
     """Build a causal LM for onnxruntime-genai: what `causal-lm` refiners run fastest on a CPU."""
-    from safeguard.cli import export
     from safeguard.exporters.genai import cached_genai, export_genai
 
     if out is None and (name or license or overwrite):
         raise ValueError("--name, --license and --overwrite are for a pack at --out; the cache names its own")
-    with export.terminable(), export.progress() as say:
-        export.hush()
+    with terminable(), progress() as say:
+        hush()
         if out is None:
             pack = cached_genai(source, precision=precision.value, say=say)
             made, where = pack.manifest, pack.folder
         else:
-            fields = {key: value for key, value in (("name", name), ("license", license)) if value}
+            fields = pack_fields(name, license)
             made = export_genai(
                 source, out, precision=precision.value, overwrite=overwrite, fields=fields, say=say
             )
             where = out
-    export.report(made, where, json=json)
+    report(made, where, json=json)

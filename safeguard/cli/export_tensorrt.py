@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safeguard.cli.exporting import Overwrite, sizes
+
 if TYPE_CHECKING:
-    from safeguard.backends.engine_cache import Entry
-    from safeguard.backends.engine_spec import Buckets
+    from safeguard.backends.engine_spec import Buckets, EngineSpec
 
 
 class Flavour(StrEnum):
@@ -22,6 +23,12 @@ class Flavour(StrEnum):
 
     tensorrt = "tensorrt"
     tensorrt_rtx = "tensorrt_rtx"
+
+
+class Dtype(StrEnum):
+    """Numbers that the engine computes with, where not those of the ONNX file."""
+
+    fp8 = "fp8"
 
 
 def tensorrt(
@@ -38,16 +45,24 @@ def tensorrt(
     out: Annotated[
         Path | None, typer.Option(help="Folder for a pack with the engine; by default only the cache has it.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pack at OUT, at once.")] = False,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="fp8 through modelopt, for Ada and later; else as the ONNX file.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="For fp8: a file of real texts, one a line, or a folder of pictures.")
+    ] = None,
+    overwrite: Overwrite = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Build it although the cache has it.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the engine's description as JSON.")] = False,
 ) -> None:
     """Build the TensorRT engine of a pack's decomposed ONNX file, into the cache or as a pack of its own."""
+    from safeguard.backends.engine_spec import SPEC_SUFFIX, EngineSpec
     from safeguard.exporters import tensorrt as builder
     from safeguard.exporters import tensorrt_pack as packs
     from safeguard.packs import resolve
 
     path = Path(model).expanduser()
+    _refuse(path, out, dtype, calibrate)
     with _progress() as show:
         options: dict[str, Any] = {
             "flavour": flavour.value,
@@ -57,44 +72,48 @@ def tensorrt(
             "rebuild": rebuild,
             "progress": show,
         }
-        if path.suffix == ".onnx":
-            if out is not None:
-                raise ValueError("--out writes a pack, so MODEL must be one; an .onnx file goes to the cache")
-            entry = builder.build_engine(path, **options)
+        if out is not None:
+            packs.export_tensorrt(resolve(model), out, fp8=calibrate, overwrite=overwrite, **options)
+            spec, where = EngineSpec.read(out.expanduser() / (packs.ENGINE_NAME + SPEC_SUFFIX)), out
         else:
-            pack = resolve(model)
-            if out is not None:
-                packs.export_tensorrt(pack, out, overwrite=overwrite, **options)
-                options["rebuild"] = False  # done; the cache has it
-            entry = packs.build_pack_engine(pack, **options)
-    _report(entry, out, json=json)
+            is_file = path.suffix == ".onnx"
+            entry = (
+                builder.build_engine(path, **options)
+                if is_file
+                else packs.build_pack_engine(resolve(model), **options)
+            )
+            spec, where = entry.spec, entry.path
+    _report(spec, where, json=json)
 
 
-def _report(entry: Entry, out: Path | None, *, json: bool) -> None:
-    spec = entry.spec
+def _refuse(path: Path, out: Path | None, dtype: Dtype | None, calibrate: Path | None) -> None:
+    """Options that do not go together."""
+    if path.suffix == ".onnx" and out is not None:
+        raise ValueError("--out writes a pack, so MODEL must be one; an .onnx file goes to the cache")
+    if dtype is Dtype.fp8 and out is None:
+        raise ValueError("--dtype fp8 makes another model of it, so it is written as a pack: give --out")
+    if (dtype is Dtype.fp8) != (calibrate is not None):
+        raise ValueError("--dtype fp8 and --calibrate go together: fp8 takes its ranges from real content")
+
+
+def _report(spec: EngineSpec, where: Path, *, json: bool) -> None:
     if json:
-        typer.echo(json_module.dumps({**spec.model_dump(mode="json"), "path": str(out or entry.path)}))
+        typer.echo(json_module.dumps({**spec.model_dump(mode="json"), "path": str(where)}))
         return
-    sizes = ", ".join(map(str, spec.buckets.lengths)) or "none"
-    typer.echo(f"{out or entry.path}: {spec.flavour} {spec.version}, {spec.architecture}, {spec.precision}")
+    lengths = ", ".join(map(str, spec.buckets.lengths)) or "none"
+    typer.echo(f"{where}: {spec.flavour} {spec.version}, {spec.architecture}, {spec.precision}")
     typer.echo(
-        f"  lengths {sizes}; batches {', '.join(map(str, spec.buckets.batches))}; {spec.size_bytes} bytes"
+        f"  lengths {lengths}; batches {', '.join(map(str, spec.buckets.batches))}; {spec.size_bytes} bytes"
     )
 
 
 def _buckets(lengths: str | None, batches: str | None) -> Buckets:
     from safeguard.backends.engine_spec import BATCHES, LENGTHS, Buckets
 
-    return Buckets(lengths=_sizes(lengths, LENGTHS), batches=_sizes(batches, BATCHES))
-
-
-def _sizes(text: str | None, usual: tuple[int, ...]) -> tuple[int, ...]:
-    if text is None:
-        return usual
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"sizes must be whole numbers such as 16,32,64, got {text!r}")
-    return tuple(sorted({int(part) for part in parts}))
+    return Buckets(
+        lengths=LENGTHS if lengths is None else sizes(lengths),
+        batches=BATCHES if batches is None else sizes(batches),
+    )
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from safeguard.cli.exporting import Overwrite, RecordJson, progress, sizes, terminable
+
 
 class Device(StrEnum):
     """Where Triton runs the model."""
@@ -30,13 +32,10 @@ def triton(
         bool, typer.Option(help="Score texts in all readings, disguised words included.")
     ] = True,
     max_windows: Annotated[int, typer.Option(min=1, help="Windows of one text before it is refused.")] = 512,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the repository at OUT, at the end and at once.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the repository's record as JSON.")] = False,
+    overwrite: Overwrite = False,
+    json: RecordJson = False,
 ) -> None:
     """Write a complete Triton model repository: tokeniser or decoder, model, readout and their ensemble."""
-    from safeguard.cli.export import progress, terminable
     from safeguard.exporters.triton import Serving, export_triton
     from safeguard.packs import resolve
 
@@ -44,7 +43,7 @@ def triton(
         device=device.value,
         instances=instances,
         max_rows=max_rows,
-        preferred_rows=_sizes(preferred),
+        preferred_rows=sizes(preferred) if preferred else (),
         queue_delay_us=queue_delay_us,
         threads=threads,
         views=views,
@@ -57,10 +56,3 @@ def triton(
         return
     typer.echo(f"{out}: {record['pack']['name']} {record['pack']['version']}, {record['precision']}")
     typer.echo(f"  models {', '.join(record['models'])}; {len(record['labels'])} labels; see README.md there")
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"sizes must be whole numbers such as 8,16,32, got {text!r}")
-    return tuple(sorted({int(part) for part in parts}))

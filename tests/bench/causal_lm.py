@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct through torch, onnxruntime and onnxruntime-genai: same answers, and how fast.
 
-    python -m tests.bench.causal_lm [--repeats 20] [--work FOLDER] [--json FILE]
+    python -m tests.bench.causal_lm [--repeats 20] [--work FOLDER] [--json FILE] [--quick]
 
 Exports it (a minute for onnxruntime, ten seconds for genai; kept in --work for the next time), then: greedy
 answers of 24 tokens to five prompts against torch, perplexity of 400 tokens of our licence, and milliseconds
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
+import random
 import statistics
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 from safeguard import smollm2
+from safeguard.bench.machine import describe_machine
 from safeguard.exporters.causal_lm import export_causal_lm
 from safeguard.exporters.genai import export_genai
 from safeguard.manifest import MANIFEST_NAME
@@ -40,7 +40,8 @@ PROMPTS = (
     "Describe a quiet harbour at dawn.",
     "Why do leaves fall in autumn?",
 )
-NEW_TOKENS, TEXT_TOKENS = 24, 400
+NEW_TOKENS, TEXT_TOKENS, PROMPT_TOKENS = 24, 400, 64
+REFERENCE = "torch-float32"
 Logits = Callable[[list[int]], Any]
 
 
@@ -73,11 +74,13 @@ def exported(work: Path) -> dict[str, Path]:
     """Folders of the exports, made where they are missing."""
     folders = {name: work / name for name in ("onnx-float32", "onnx-int8-weights", "genai-int8")}
     if not (folders["genai-int8"] / MANIFEST_NAME).is_file():
+        say("exporting genai-int8")
         export_genai(EMBEDDED_BASE, folders["genai-int8"])
     if not all((folder / MANIFEST_NAME).is_file() for folder in folders.values()):
         model, tokenizer = smollm2.load(dtype="float32")
         for name in ("float32", "int8-weights"):
             if not (folders[f"onnx-{name}"] / MANIFEST_NAME).is_file():
+                say(f"exporting onnx-{name}")
                 export_causal_lm(model, tokenizer, folders[f"onnx-{name}"], dtype=name)
     return folders
 
@@ -97,9 +100,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="2 repeats: whether it works")
     options = parser.parse_args()
+    if options.repeats < 20:
+        parser.error("a median needs at least 20 runs; --quick takes 2, to see that it works")
+    repeats = 2 if options.quick else options.repeats
     with tempfile.TemporaryDirectory() as scratch:
-        result = measure(exported(options.work or Path(scratch)), options.repeats)
+        result = measure(exported(options.work or Path(scratch)), repeats)
     text = json.dumps(result, indent=2, ensure_ascii=False)
     if options.json:
         options.json.write_text(text + "\n", encoding="utf-8")
@@ -107,67 +114,81 @@ def main() -> None:
 
 
 def measure(folders: Mapping[str, Path], repeats: int) -> dict[str, Any]:
-    model, tokenizer = smollm2.load(dtype="float32")
-    half, _ = smollm2.load(dtype="bfloat16")
-    torch_lm = TorchLM(model, tokenizer)
-    opened = {name: OnnxLM.load(folders[name]) for name in ("onnx-float32", "onnx-int8-weights")}
-    genai = GenaiLM.load(folders["genai-int8"])
-    models: dict[str, LanguageModel] = {
-        "torch-float32": torch_lm,
-        "torch-bfloat16": TorchLM(half, tokenizer),
-        **opened,
-        "genai-int8": genai,
-    }
-
-    def reference(row: list[int]) -> Any:
-        with torch.inference_mode():
-            return model(torch.tensor([row])).logits[0].float().numpy()
-
-    def reference_half(row: list[int]) -> Any:
-        with torch.inference_mode():
-            return half(torch.tensor([row])).logits[0].float().numpy()
-
-    readers: dict[str, Logits] = {
-        "torch-float32": reference,
-        "torch-bfloat16": reference_half,
-        **{name: onnx_logits(found, folders[name]) for name, found in opened.items()},
-        "genai-int8": genai.logits,
-    }
+    """Answers, perplexity and times of every runtime, the first of which is the reference."""
+    contenders = opened(folders)
+    models = {name: found for name, (found, _) in contenders.items()}
+    reference, read = contenders[REFERENCE]
     licence = (Path(smollm2.__file__).parent / "LICENSE").read_text(encoding="utf-8")
-    row = torch_lm.encode(" ".join(licence.split()))[:TEXT_TOKENS]
-    wanted, expected = answers(torch_lm), reference(row)
-    prompt = torch_lm.encode(" ".join(PROMPTS) * 2)[:64]
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for found in models.values():
-        found.generate([prompt], [4])  # warm
-    for _ in range(repeats):
-        for name, found in models.items():
-            times[name].append(milliseconds(found, prompt))
-    table = {}
-    for name, found in models.items():
-        told = answers(found)
+    row = reference.encode(" ".join(licence.split()))[:TEXT_TOKENS]
+    prompt = reference.encode(" ".join(PROMPTS) * 2)[:PROMPT_TOKENS]
+    wanted, expected = answers(reference), read(row)
+    times = timed(models, prompt, repeats)
+    table: dict[str, dict[str, Any]] = {}
+    for name, (found, logits) in contenders.items():
+        say(f"answers and perplexity: {name}")
+        told = wanted if found is reference else answers(found)
         first, each = (statistics.median(column) for column in zip(*times[name], strict=True))
         table[name] = {
             "same_answers": sum(a == b for a, b in zip(wanted, told, strict=True)),
-            **quality(expected, readers[name](row), row),
+            **quality(expected, logits(row), row),
             "prompt_ms": round(first, 1),
             "token_ms": round(each, 2),
+            "times_torch": faster(times[REFERENCE], times[name]),
         }
-    for line in table.values():
-        line["times_torch"] = round(table["torch-float32"]["token_ms"] / line["token_ms"], 2)
     return {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load": os.getloadavg()[0],
-        },
+        "machine": {**describe_machine(), "threads": torch.get_num_threads()},
         "prompt_tokens": len(prompt),
         "text_tokens": len(row),
         "answers": len(PROMPTS),
         "repeats": repeats,
         "models": table,
     }
+
+
+def opened(folders: Mapping[str, Path]) -> dict[str, tuple[LanguageModel, Logits]]:
+    """Each runtime with its model, and what gives the logits of a whole row."""
+    found: dict[str, tuple[LanguageModel, Logits]] = {}
+    for dtype in ("float32", "bfloat16"):
+        model, tokenizer = smollm2.load(dtype=dtype)
+        found[f"torch-{dtype}"] = TorchLM(model, tokenizer), torch_logits(model)
+    for name in ("onnx-float32", "onnx-int8-weights"):
+        lm = OnnxLM.load(folders[name])
+        found[name] = lm, onnx_logits(lm, folders[name])
+    genai = GenaiLM.load(folders["genai-int8"])
+    found["genai-int8"] = genai, genai.logits
+    return found
+
+
+def torch_logits(model: Any) -> Logits:
+    def run(row: list[int]) -> Any:
+        with torch.inference_mode():
+            return model(torch.tensor([row])).logits[0].float().numpy()
+
+    return run
+
+
+def timed(
+    models: Mapping[str, LanguageModel], prompt: list[int], repeats: int
+) -> dict[str, list[tuple[float, float]]]:
+    """`milliseconds` of each model in each repeat, in an order drawn anew each time."""
+    for model in models.values():
+        model.generate([prompt], [4])  # warm
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    order = random.Random(0)
+    for turn in range(repeats):
+        say(f"round {turn + 1} of {repeats}")
+        for name in order.sample(list(models), len(models)):
+            times[name].append(milliseconds(models[name], prompt))
+    return times
+
+
+def faster(reference: list[tuple[float, float]], own: list[tuple[float, float]]) -> float:
+    """How many times faster a token is than the reference's: the median of the ratios of each repeat."""
+    return round(statistics.median(a / b for (_, a), (_, b) in zip(reference, own, strict=True)), 2)
+
+
+def say(what: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')}  {what}\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import Run
+
+pytest.importorskip("transformers", reason="needs transformers, as the benches do")
 
 
 def test_too_few_repeats_are_refused(run: Run) -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="transformers is not installed (extra
 
 from safeguard.checks.clip_heads import PromptPair, write_heads
 from safeguard.checks.loading import load_check
-from safeguard.cli import export
+from safeguard.cli.exporting import terminable
 from safeguard.packs import resolve
 from tests.exporters.tiny import classifier, tokenizer, vision_tower
 
@@ -70,6 +70,11 @@ def test_clip_tower_is_known_by_its_config_and_takes_heads(run: Run, tmp_path: P
         (["--task", "clip"], "its model_type is 'bert'; known: clip, clip_vision_model"),
         (["--task", "clip", "--heads", "none.npz"], "none.npz: no such file of heads"),
         (["--texts", "none.txt"], "none.txt: No such file or directory"),
+        (["--heads", "q16.npz"], "--heads says nothing to a model of task text-classifier; it takes --dtype"),
+        (["--task", "clip", "--labels", "a"], "--labels says nothing to a model of task clip; it takes --dt"),
+        (["--task", "causal-lm", "--optimise"], "task causal-lm; it takes --dtype, --opset, --flavour"),
+        (["--via", "optimum", "--task", "clip"], "--via optimum is for text classifiers, not for task clip"),
+        (["--via", "optimum", "--dtype", "int8"], "--dtype says nothing to a model of task optimum"),
         (["--via", "optimum"], "'optimum-onnx' is not installed; it pins transformers<4.58"),
     ],
 )
@@ -112,6 +117,6 @@ def test_source_is_never_overwritten(run: Run, bert: Path) -> None:
 
 def test_termination_ends_an_export_as_an_interrupt_does() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), export.terminable():
+    with pytest.raises(KeyboardInterrupt), terminable():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before

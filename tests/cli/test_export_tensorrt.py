@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,3 +65,33 @@ def test_sizes_are_whole_numbers(run: Run, pack: Path, sizes: str) -> None:
 
     assert done.exit_code == 2
     assert "sizes must be whole numbers such as 16,32,64" in done.stderr
+
+
+def test_fp8_without_modelopt_names_the_command(
+    run: Run, pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "modelopt", None)  # which makes it impossible to import
+    (tmp_path / "texts.txt").write_text("good day\n" * 8, encoding="utf-8")
+
+    done = export(
+        run, pack, "--dtype", "fp8", "--calibrate", tmp_path / "texts.txt", "--out", tmp_path / "out"
+    )
+
+    assert done.exit_code == 2
+    assert "run: pip install 'nvidia-modelopt[onnx]'" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--dtype", "fp8", "--calibrate", "texts.txt"], "so it is written as a pack: give --out"),
+        (["--dtype", "fp8", "--out", "out"], "--dtype fp8 and --calibrate go together"),
+        (["--calibrate", "texts.txt", "--out", "out"], "--dtype fp8 and --calibrate go together"),
+    ],
+)
+def test_options_of_fp8_go_together(run: Run, pack: Path, options: list[str], said: str) -> None:
+    done = export(run, pack, *options)
+
+    assert done.exit_code == 2
+    assert said in done.stderr

@@ -44,4 +44,4 @@ def test_sizes_must_be_numbers(run: Run, pack: Path, tmp_path: Path) -> None:
     done = run("export", "triton", pack, tmp_path / "models", "--preferred", "8,many")
 
     assert done.exit_code == 2
-    assert "sizes must be whole numbers such as 8,16,32, got '8,many'" in done.stderr
+    assert "sizes must be whole numbers such as 16,32,64, got '8,many'" in done.stderr

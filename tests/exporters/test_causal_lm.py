@@ -54,7 +54,7 @@ class TwoFaced(Llama):  # type: ignore[misc]  # transformers is untyped
     forward.__signature__ = inspect.signature(Llama.forward)  # type: ignore[attr-defined]
 
 
-def answers(model: Any) -> list[str]:
+def answers(model: Any) -> list[str | None]:
     return CausalLMRefiner(TorchLM(model, tiny_tokenizer()), TEMPLATE)._answers(PROMPTS)
 
 

@@ -128,10 +128,20 @@ def test_head_of_another_width_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_heads_and_heads_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="each head needs a category of its own, got"):
+    with pytest.raises(ValueError, match="a tower is exported with its heads, got none; give --heads FILE"):
         export_clip(source(), [], tmp_path / "out")
     with pytest.raises(ValueError, match="each head needs a category of its own, got"):
         export_clip(source(), [Q16, Q16], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["heads.npz", "heads.safetensors"])
+def test_heads_from_a_file_keep_their_numbers_and_are_exported(name: str, tmp_path: Path) -> None:
+    write_heads(tmp_path / name, [Q16, NUDE, GORE])
+    found: list[Any] = read_named_heads([tmp_path / name])
+
+    assert [head.category for head in found] == ["gore", "nude", "q16"]
+    assert (found[0].out_bias, found[2].scale) == (0.25, Q16.scale)  # numbers, no arrays of one
+    export_clip(source(), found, tmp_path / "out")
 
 
 def test_heads_are_read_by_category(tmp_path: Path) -> None:

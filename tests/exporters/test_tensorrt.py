@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from safeguard.backends.engine_cache import EngineCache, Entry
@@ -19,8 +16,8 @@ from safeguard.backends.tensorrt_flavours import (
     join_architectures,
     load_flavour,
 )
-from safeguard.errors import BackendError, ExportError, MissingExtra
-from safeguard.exporters.tensorrt import build_engine, profile_shapes, quantise_fp8, weight_files
+from safeguard.errors import BackendError, ExportError
+from safeguard.exporters.tensorrt import build_engine, profile_shapes, weight_files
 from tests.exporters.tiny_onnx import bag_of_words
 
 pytest.importorskip("onnx", reason="onnx is not installed (extra export)")
@@ -327,58 +324,3 @@ def test_tensorrt_names_no_gpus_but_the_one_at_hand() -> None:
     with pytest.raises(BackendError, match="tensorrt builds for the GPU at hand, not for sm89"):
         full.prepare_builder(None, ["sm89"])
     full.prepare_builder(None, [])
-
-
-def test_fp8_without_modelopt_says_what_to_install(
-    tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "modelopt", None)  # which makes it impossible to import
-
-    with pytest.raises(
-        MissingExtra, match=r"'modelopt' is not installed; run: pip install 'nvidia-modelopt\[onnx\]'"
-    ):
-        quantise_fp8(words, tmp_path / "fp8.onnx", {"input_ids": np.ones((1, 8), np.int64)})
-
-
-@pytest.fixture
-def modelopt(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands in for the library: its `quantize` can be set."""
-    made = SimpleNamespace(quantize=None)
-    for name in ("modelopt", "modelopt.onnx"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "modelopt.onnx.quantization", made)
-    return made
-
-
-def test_fp8_is_calibrated_on_the_rows_given(tmp_path: Path, words: Path, modelopt: SimpleNamespace) -> None:
-    told: dict[str, Any] = {}
-    modelopt.quantize = lambda path, **options: told.update(options, path=path)
-    rows = {"input_ids": np.ones((1, 8), np.int64)}
-
-    quantise_fp8(words, tmp_path / "fp8.onnx", rows)
-
-    assert told == {
-        "path": str(words),
-        "quantize_mode": "fp8",
-        "calibration_data": rows,
-        "output_path": str(tmp_path / "fp8.onnx"),
-    }
-
-
-@pytest.mark.usefixtures("modelopt")
-def test_fp8_without_rows_is_refused(tmp_path: Path, words: Path) -> None:
-    with pytest.raises(ValueError, match="fp8 needs rows of real inputs to calibrate on, got none"):
-        quantise_fp8(words, tmp_path / "fp8.onnx", {"input_ids": np.ones((0, 8), np.int64)})
-
-
-def test_fp8_that_fails_leaves_nothing_behind(tmp_path: Path, words: Path, modelopt: SimpleNamespace) -> None:
-    def fail(_: str, *, output_path: str, **__: Any) -> None:
-        Path(output_path).write_bytes(b"half")
-        raise RuntimeError("no calibration")
-
-    modelopt.quantize = fail
-    with pytest.raises(
-        ExportError, match=r"model.onnx cannot be exported: modelopt cannot quantise it: no calib"
-    ):
-        quantise_fp8(words, tmp_path / "fp8.onnx", {"input_ids": np.ones((1, 8), np.int64)})
-    assert not (tmp_path / "fp8.onnx").exists()
