@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Model = Annotated[
     str, typer.Argument(help="Causal language model: a folder, a hub name or smollm2-135m-instruct.")
@@ -30,6 +27,11 @@ Journal = Annotated[Path | None, typer.Option(help="Folder that keeps continuati
 Before = Annotated[str, typer.Option(help="Text before every prompt: a safety instruction.")]
 Anti = Annotated[str | None, typer.Option(help="Toxic twin to decode against (contrastive guard).")]
 Strength = Annotated[float, typer.Option(min=0, help="Of the contrastive guard.")]
+ValueModelOption = Annotated[
+    Path | None, typer.Option(help="Folder of a value model to rectify by (safeguard train value).")
+]
+Epsilon = Annotated[float, typer.Option(min=0, max=0.999, help="Of rectification: taken off every cap.")]
+Edit = Annotated[Path | None, typer.Option(help="Weight edit to apply first (safeguard train surgery).")]
 OutputCheck = Annotated[str | None, typer.Option(help="A check that withholds what it flags, as --judge.")]
 Step = Annotated[int | None, typer.Option(help="Training step, for curves.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<number>.")]
@@ -48,17 +50,25 @@ def detox(
     before: Before = "",
     anti_expert: Anti = None,
     strength: Strength = 2.0,
+    value_model: ValueModelOption = None,
+    epsilon: Epsilon = 0.1,
+    edit: Edit = None,
     output_check: OutputCheck = None,
     step: Step = None,
     device: Device = "cpu",
 ) -> None:
     """TP, EMT, perplexity, variety and few-shot accuracy of a language model, with or without guards."""
+    from safeguard.decoding.surgery import WeightEdit
     from safeguard.evaluate.detox import Subject, evaluate_detox
+    from safeguard.evaluate.detox_guards import against, load_value_model, rectified_by
     from safeguard.evaluate.detox_judges import load_judge
     from safeguard.evaluate.detox_settings import DetoxSettings
     from safeguard.files import write_whole
+    from safeguard.packs import canonical_digest, file_digest
     from safeguard.train.unidetox.models import digest_of_model, load_lm
 
+    if anti_expert is not None and value_model is not None:
+        raise ValueError("give --anti-expert or --value-model, not both")
     settings = DetoxSettings.model_validate(dict(_pair(item) for item in set_ or ()))
     judges = [load_judge(spec, device=device) for spec in judge or ()]
     if not judges:
@@ -67,13 +77,25 @@ def detox(
     extra = {
         n: load_lm(n, dtype=settings.weights, device=device) for n in {other, reference, anti_expert} if n
     }
+    digest = digest_of_model(model)
+    if edit is not None:
+        WeightEdit.load(edit).apply(loaded)
+        digest = canonical_digest([digest, file_digest(edit)])
+    processors, decoding = None, ""
+    if anti_expert is not None:
+        processors = against(extra[anti_expert][0], strength, settings.top_p)
+        decoding = f"dexperts {strength:g} {digest_of_model(anti_expert)}"
+    elif value_model is not None:
+        processors = rectified_by(load_value_model(value_model, loaded), epsilon)
+        decoding = f"rectify {epsilon:g} {digest_of_model(str(value_model))}"
     subject = Subject(
         name or Path(model).name,
         loaded,
         tokenizer,
-        digest=digest_of_model(model),
+        digest=digest,
         before=before,
-        processors=None if anti_expert is None else _against(extra[anti_expert][0], strength, settings.top_p),
+        processors=processors,
+        decoding=decoding,
         output=None if output_check is None else load_judge(output_check, device=device),
         step=step,
     )
@@ -121,6 +143,37 @@ def detox_report(
     typer.echo(str(out))
 
 
+def detox_table(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished one goes on.")],
+    judge: JudgeOption = None,
+    teacher: Annotated[Path | None, typer.Option(help="Folder of the toxicity teacher: a judge.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Recipe file; by default the shipped one.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A preset of the recipe, such as hour.")] = None,
+    row: Annotated[list[str] | None, typer.Option(help="Only that row; may be repeated. All.")] = None,
+    train_only: Annotated[bool, typer.Option("--train-only", help="Train, but measure no row.")] = False,
+    set_: Settings = None,
+) -> None:
+    """Train and measure every way to a less toxic model: the whole table, in one command that goes on."""
+    from importlib import resources
+
+    from safeguard.cli.train_unidetox import show_progress
+    from safeguard.evaluate.detox_judges import load_judge
+    from safeguard.evaluate.detox_table import TableConfig, make_table
+
+    if not data.is_dir():
+        raise FileNotFoundError(2, "no such folder", str(data))
+    show_progress()
+    with resources.as_file(resources.files("safeguard.train") / "recipes" / "detox_table.toml") as shipped:
+        recipe = TableConfig.read(config or shipped, preset)
+    recipe = recipe.changed(dict(_pair(item) for item in set_ or ()) | ({"rows": row} if row else {}))
+    specs = [*([f"teacher:{teacher}"] if teacher else []), *(judge or ())]
+    if not specs:
+        raise ValueError("give at least one --judge, or --teacher")
+    make_table(recipe, data, out, [load_judge(spec) for spec in specs], train_only=train_only)
+    typer.echo(str(out))
+
+
 def add_to(app: typer.Typer) -> None:
     """Registers the commands."""
     for name, command in (
@@ -128,21 +181,9 @@ def add_to(app: typer.Typer) -> None:
         ("toxigen", toxigen),
         ("rtp", rtp),
         ("detox-report", detox_report),
+        ("detox-table", detox_table),
     ):
         app.command(name)(command)
-
-
-def _against(anti: Any, strength: float, top_p: float) -> Any:
-    from safeguard.decoding.contrastive import ContrastiveProcessor
-
-    def make(mask: Any, pad: int) -> Sequence[Any]:
-        return [
-            ContrastiveProcessor(
-                anti, strength=strength, plausibility=None, top_p=top_p, attention_mask=mask, pad_token_id=pad
-            )
-        ]
-
-    return make
 
 
 def _pair(item: str) -> tuple[str, Any]:

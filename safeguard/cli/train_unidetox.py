@@ -50,7 +50,7 @@ def unidetox(
     from safeguard.train.unidetox.stages import STAGES
     from safeguard.train.unidetox.stages import unidetox as run_stages
 
-    _show_progress()
+    show_progress()
     if not data.is_dir():
         raise FileNotFoundError(2, "no such folder", str(data))
     changes = dict(_pair(item) for item in set_ or ())
@@ -73,6 +73,22 @@ def unidetox(
         if "evaluate" in wanted:
             evaluate_run(recipe, data, out, judges)
         typer.echo(str(out))
+
+
+def pack(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished stage apply with LoRA: detox-<texts>.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the model pack.")],
+    table: Annotated[
+        Path | None, typer.Option(help="table.md of `evaluate detox-table`, for the card.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the pack.")] = "smollm2-detox",
+    version: Annotated[str, typer.Option(help="Version of the pack.")] = "1.0.0",
+) -> None:
+    """Make a model pack of a run's adapter, with its card."""
+    from safeguard.train.unidetox.pack import pack_adapter
+
+    made = pack_adapter(run, out, name=name, version=version, table=table)
+    typer.echo(f"{out}: {made.name} {made.version}, {sum(f.stat().st_size for f in out.iterdir())} bytes")
 
 
 def _judges(teacher: Path | None, specs: Sequence[str]) -> list[Any]:
@@ -99,7 +115,7 @@ def _is_main() -> bool:
     return bool(PartialState().is_main_process)
 
 
-def _show_progress() -> None:
+def show_progress() -> None:
     """Facts of the stages on standard error, and no bars of the libraries'."""
     import logging
 

@@ -20,6 +20,8 @@ try:
 except ImportError as exc:
     raise MissingExtra(exc.name or "transformers", extra="torch") from exc
 
+_LIKELIEST = 1024  # tokens among which the nucleus is looked for first
+
 
 def plausible(scores: Tensor, alpha: float) -> Tensor:
     """Tokens (row, token) at least alpha times as likely as the likeliest: adaptive plausibility.
@@ -34,12 +36,21 @@ def nucleus(scores: Tensor, top_p: float) -> Tensor:
 
     scores: (row, token), logits or log-probabilities. Source: Holtzman et al. 2020.
     """
-    ordered, order = scores.sort(dim=-1, descending=True)
-    probability = ordered.softmax(-1)
-    before = probability.cumsum(-1) - probability
-    inside = before < top_p
-    inside[..., 0] = True
-    return torch.zeros_like(inside).scatter(-1, order, inside)
+    size = scores.shape[-1]
+    whole = scores.float().logsumexp(-1, keepdim=True)
+    inside = torch.zeros_like(scores, dtype=torch.bool)
+    rows = torch.arange(len(scores), device=scores.device)
+    for count in (_LIKELIEST, size):  # sorting all of a large vocabulary takes far longer than reading it
+        likeliest, tokens = scores[rows].topk(min(count, size), dim=-1)
+        probability = (likeliest.float() - whole[rows]).exp()
+        before = probability.cumsum(-1) - probability
+        kept = before < top_p
+        kept[..., 0] = True
+        inside[rows] = torch.zeros_like(inside[rows]).scatter(-1, tokens, kept)
+        rows = rows[kept[:, -1]]  # the nucleus may go on behind the last of them
+        if not len(rows):
+            break
+    return inside
 
 
 def contrasted(base: Tensor, anti: Tensor, expert: Tensor | None, strength: float) -> Tensor:

@@ -95,7 +95,7 @@ class CachedModel:
         if cached is not None and torch.equal(cached.ids, ids) and torch.equal(cached.mask, mask):
             found = cached
         else:
-            found = self._read(ids, mask, self._continued(cached, ids, mask))
+            found = self._answer(ids, mask, self._continued(cached, ids, mask))
         if self._use_cache:
             with self._lock:
                 self._cached = found
@@ -115,6 +115,19 @@ class CachedModel:
         if drop:
             cached.cache.crop(-drop)
         return cached.cache, keep
+
+    def _answer(self, ids: Tensor, mask: Tensor, start: tuple[Any, int]) -> _Cached:
+        """Reads what is new; equal rows that begin (a prompt to be continued many times) only once."""
+        if start[0] is not None or not self._use_cache or len(ids) < 2:
+            return self._read(ids, mask, start)
+        both, place = torch.stack([ids, mask.to(ids)]).unique_consecutive(return_inverse=True, dim=1)
+        if both.shape[1] == len(ids):
+            return self._read(ids, mask, start)
+        once = self._read(both[0], both[1].to(mask), start)
+        if not hasattr(once.cache, "reorder_cache"):
+            return self._read(ids, mask, start)
+        once.cache.reorder_cache(place)
+        return _Cached(ids.clone(), mask, once.cache, once.logits[place])
 
     def _read(self, ids: Tensor, mask: Tensor, start: tuple[Any, int]) -> _Cached:
         cache, read = start

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,14 +45,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_SHIPPED = "general_knowledge.jsonl"
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
     """What is measured.
 
     digest: of its weights. before: text put before every prompt (a safety instruction). processors: guards
-    inside decoding. output: a check on the finished text; what it flags is replaced by nothing. step: of the
-    training run, for curves.
+    inside decoding. decoding: says exactly which, so that continuations which a journal keeps are taken for
+    the same guards alone. output: a check on the finished text; what it flags is replaced by nothing. step:
+    of the training run, for curves.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Subject:
     digest: str = ""
     before: str = ""
     processors: MakeProcessors | None = None
+    decoding: str = ""
     output: Judge | None = None
     step: int | None = None
     note: str = ""
@@ -157,7 +162,7 @@ def _generate(
     """Continuations of one seed, the seconds that making them took and the tokens that were made."""
     key = canonical_digest(
         [
-            [subject.name, subject.digest, subject.before, suite, seed],
+            [subject.digest or subject.name, subject.before, _guards_of(subject), suite, seed],
             [prompt.text for prompt in prompts],
             settings.model_dump(
                 mode="json",
@@ -174,9 +179,9 @@ def _generate(
         ]
     )
     path = journal / f"{suite}-{seed}-{key[:12]}.jsonl" if journal is not None else None
-    made = _read_journal(path)
+    made, seconds = _read_journal(path)
     start = training_start(subject.tokenizer, settings.start)
-    seconds, tokens = 0.0, 0
+    tokens = settings.new_tokens * settings.continuations * len(prompts)
     for at in tqdm(
         range(0, len(prompts), settings.batch_size), desc=f"{subject.name} {suite} {seed}", mininterval=2
     ):
@@ -187,25 +192,31 @@ def _generate(
         found = continuations(
             subject.model, subject.tokenizer, some, settings, seed, start=start, processors=subject.processors
         )
-        seconds += time.monotonic() - began
-        tokens += settings.new_tokens * settings.continuations * len(some)
+        spent = time.monotonic() - began
+        seconds += spent
         made += found
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(found) + "\n")
+                file.write(json.dumps({"seconds": round(spent, 3), "texts": found}) + "\n")
     return made, seconds, tokens
 
 
-def _read_journal(path: Path | None) -> list[list[str]]:
-    """What an earlier run made; the file is cut behind its last whole line."""
+def _guards_of(subject: Subject) -> str:
+    """What tells the guards inside decoding apart: what was said of them, else the name of the row."""
+    return subject.decoding or (subject.name if subject.processors is not None else "")
+
+
+def _read_journal(path: Path | None) -> tuple[list[list[str]], float]:
+    """What an earlier run made and the seconds it took; the file is cut behind its last whole line."""
     if path is None or not path.is_file():
-        return []
+        return [], 0.0
     raw = path.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
     if whole != raw:
         path.write_bytes(whole)
-    return [texts for line in whole.decode().splitlines() for texts in json.loads(line)]
+    rows = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
+    return [texts for row in rows for texts in row["texts"]], sum(float(row["seconds"]) for row in rows)
 
 
 def _checked(subject: Subject, runs: Sequence[list[list[str]]]) -> tuple[list[list[list[str]]], float]:
@@ -287,5 +298,8 @@ def _choices(subject: Subject, data: Path, settings: DetoxSettings) -> dict[str,
 
 
 def _questions(data: Path, name: str) -> list[Question]:
+    if name == "shipped":
+        with resources.as_file(resources.files("safeguard.evaluate") / "data" / _SHIPPED) as path:
+            return [question_of(row) for row in read_jsonl(path)]
     path = data / name if (data / name).is_file() else Path(name)
     return [question_of(row) for row in read_jsonl(path)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 _WIDTH, _HEIGHT = 860, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 150, 20, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 220, 20, 44
 _COLOURS = ("#2563a8", "#b4441c", "#3c7d3c", "#7a4fa0", "#8a6d00", "#1b7f86", "#a03060", "#555555")
 
 
@@ -30,7 +30,7 @@ def bars(rows: Sequence[tuple[str, float, float | None]], title: str) -> str:
         )
         reach = end
         if deviation:
-            low, reach = end - scale * deviation, end + scale * deviation
+            low, reach = max(float(left), end - scale * deviation), end + scale * deviation
             parts.append(f'<line x1="{low:.1f}" y1="{y + 8}" x2="{reach:.1f}" y2="{y + 8}" stroke="#000"/>')
         parts.append(_text(max(end, reach) + 6, y + 13, f"{value:.3f}"))
     return "\n".join([*parts, "</svg>"])
@@ -39,10 +39,12 @@ def bars(rows: Sequence[tuple[str, float, float | None]], title: str) -> str:
 def scatter(points: Sequence[tuple[str, float, float]], x_name: str, y_name: str) -> str:
     """One named point for each (name, x, y)."""
     axes = _Axes([x for _, x, _ in points], [y for _, _, y in points], x_name, y_name)
-    for i, (name, x, y) in enumerate(points):
-        at_x, at_y = axes.place(x, y)
-        axes.parts.append(f'<circle cx="{at_x}" cy="{at_y}" r="5" fill="{_COLOURS[i % len(_COLOURS)]}"/>')
-        axes.parts.append(_text(at_x + 8, at_y + 4, name))
+    places = [axes.place(x, y) for _, x, y in points]
+    names = apart([y for _, y in places])
+    for i, ((name, _, _), (at_x, at_y), at_name) in enumerate(zip(points, places, names, strict=True)):
+        colour = _COLOURS[i % len(_COLOURS)]
+        axes.parts.append(f'<circle cx="{at_x}" cy="{at_y}" r="5" fill="{colour}"/>')
+        axes.parts += _named(at_x, at_y, at_name, name, colour)
     return axes.done()
 
 
@@ -50,14 +52,31 @@ def curve(lines: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_nam
     """One line for each name, through its (x, y) in their order."""
     every = [point for points in lines.values() for point in points]
     axes = _Axes([x for x, _ in every], [y for _, y in every], x_name, y_name)
-    for i, (name, points) in enumerate(lines.items()):
+    drawn = {name: [axes.place(x, y) for x, y in points] for name, points in lines.items()}
+    names = apart([places[-1][1] for places in drawn.values()])
+    for i, ((name, places), at_name) in enumerate(zip(drawn.items(), names, strict=True)):
         colour = _COLOURS[i % len(_COLOURS)]
-        places = [axes.place(x, y) for x, y in points]
         path = " ".join(f"{x},{y}" for x, y in places)
         axes.parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         axes.parts += [f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>' for x, y in places]
-        axes.parts.append(_text(places[-1][0] + 8, places[-1][1] + 4, name, colour=colour))
+        axes.parts += _named(*places[-1], at_name, name, colour)
     return axes.done()
+
+
+def apart(heights: Sequence[float], gap: float = 14.0) -> list[float]:
+    """The heights, in their order, moved upwards (to smaller ones) until all are a line of text apart."""
+    out, free = list(heights), math.inf
+    for i in sorted(range(len(out)), key=lambda i: -out[i]):
+        out[i] = min(out[i], free)
+        free = out[i] - gap
+    return out
+
+
+def _named(x: float, y: float, at: float, name: str, colour: str) -> list[str]:
+    """A name beside a point, at a height that is its own or joined to it by a line."""
+    line = f'<line x1="{x}" y1="{y}" x2="{x + 14}" y2="{at:.1f}" stroke="{colour}" stroke-width="0.7"/>'
+    moved = abs(at - y) > 1
+    return [*([line] if moved else []), _text(x + (16 if moved else 8), at + 4, name, colour=colour)]
 
 
 class _Axes:

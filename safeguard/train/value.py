@@ -197,7 +197,7 @@ def train_value(
     progress: bars on stderr; by default only on a terminal. Raises ValueError when no text was harmful, or
     all were: there is nothing to learn then.
     """
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = Accelerator()  # the precision is ours: a process has one state, whoever trained before
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = language_model
@@ -317,7 +317,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rate
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # of dropout, also after a resumption
-        with self.accelerator.autocast():
+        half = self.config.precision == "bf16"
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=half):
             loss = self.loss(Actions.of(batch, self.config.threshold).to(self.accelerator.device))
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.loss.parameters(), 1.0)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from safeguard.decoding.sampling import continued, end_tokens
 from safeguard.errors import MissingExtra
 from safeguard.train.recipe import Recipe
 from safeguard.train.text_data import read_jsonl
@@ -138,21 +139,19 @@ def _draw(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     ids = torch.tensor([[pad] * (width - len(prompts[n])) + list(prompts[n]) for n in batch])
     mask = torch.tensor([[0] * (width - len(prompts[n])) + [1] * len(prompts[n]) for n in batch])
-    torch.manual_seed(seed * 1_000_003 + batch.start)
-    made = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        do_sample=True,
+    made = continued(
+        model,
+        ids,
+        mask,
+        copies=settings.continuations,
+        new_tokens=settings.new_tokens,
+        pad=pad,
+        generator=torch.Generator().manual_seed(seed * 1_000_003 + batch.start),
         temperature=settings.temperature,
         top_p=settings.top_p,
-        top_k=0,
-        max_new_tokens=settings.new_tokens,
-        num_return_sequences=settings.continuations,
-        pad_token_id=pad,
     )
-    ends = model.generation_config.eos_token_id
-    stops = set(ends if isinstance(ends, list | tuple) else [ends])
-    taken = [_until(row, stops) for row in made[:, width:].tolist()]
+    stops = set(end_tokens(model))
+    taken = [_until(row, stops) for row in made.tolist()]
     texts = tokenizer.batch_decode(taken, skip_special_tokens=True)
     scores = _scores(check(texts), settings.categories)
     if len(scores) != len(taken):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from safeguard.decoding.value_model import ValueModel
 from safeguard.train.value import (
@@ -81,6 +82,12 @@ def test_losses_fall(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     many = train(tmp_path / "more", CONFIG.model_copy(update={"epochs": 60})).metrics["history"][-1]["loss"]
     assert many < few / 2
+
+
+def test_half_precision_works_after_another_training_in_the_process(tmp_path: Path) -> None:
+    Accelerator()  # its state, which says nothing of half precision, stays as long as the process
+    result = train(tmp_path, CONFIG.model_copy(update={"precision": "bf16", "epochs": 2}))
+    assert ValueModel.load(result.folder).head[0].weight.dtype == torch.float32
 
 
 def test_the_same_seed_gives_the_same_model(tmp_path: Path) -> None:

@@ -68,11 +68,11 @@ def pick(scores: Tensor, uniform: Tensor, *, temperature: float = 1.0, top_k: in
     """
     if not bool(torch.isfinite(scores).any(-1).all()) or bool(torch.isnan(scores).any()):
         raise ValueError("scores must be numbers, one at least per row finite; a model gives NaN")
-    scores = scores.double() / temperature
     if 0 < top_k < scores.shape[-1]:
         scores, tokens = scores.topk(top_k, dim=-1)
     else:
         tokens = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
+    scores = scores.double() / temperature
     reached = scores.softmax(-1).cumsum(-1)
     place = (reached > uniform.to(reached).unsqueeze(-1) * reached[:, -1:]).long().argmax(-1)
     return tokens.gather(-1, place.unsqueeze(-1)).squeeze(-1)

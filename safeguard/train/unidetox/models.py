@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safeguard import smollm2
+from safeguard import detoxified, smollm2
 from safeguard.errors import MissingExtra, PackError
 from safeguard.files import write_whole
-from safeguard.packs import canonical_digest, file_digest, is_offline
+from safeguard.packs import canonical_digest, file_digest, is_offline, resolve
 
 try:
     import torch
@@ -22,12 +22,14 @@ _SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def load_lm(name: str, *, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any]:
-    """Model in evaluation mode and tokenizer: the embedded SmolLM2 by its name, a folder, or from the hub.
+    """Model in evaluation mode and tokenizer: the embedded SmolLM2, detoxified or not, a folder, a hub name.
 
     Safetensors only, no code from the hub. Raises PackError where there is no such model.
     """
     if name == smollm2.NAME:
         return smollm2.load(dtype=dtype, device=device)
+    if name == detoxified.NAME:
+        return detoxified.load(dtype=dtype, device=device)
     options = {"local_files_only": is_offline() or Path(name).is_dir(), "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -43,6 +45,8 @@ def digest_of_model(name: str) -> str:
     """What model a name stands for: digest of its weights, or of the name where it comes from the hub."""
     if name == smollm2.NAME:
         return smollm2.SHA256
+    if name == detoxified.NAME:
+        return resolve(name).digest
     files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     return canonical_digest([file_digest(file) for file in files] or [name])
 

@@ -214,7 +214,12 @@ class _Loop:
         self.pad = int(pad if pad is not None else 0)
         self.width = max(map(len, rows)) if unmasked_padding else None
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(
+            trained,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=accelerator.device.type in ("cpu", "cuda"),  # else a step is many passes over all weights
+        )
         self.model, self.optimizer = accelerator.prepare(model.train(), optimizer)
         self.steps = steps_of(settings, len(rows))
         self.losses: list[float] = []
@@ -258,7 +263,7 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(step, self.steps, settings)
         tokens = sum((self.width or len(row)) - 1 for row in batch)
-        mine = batch[acc.process_index :: acc.num_processes]
+        mine = sorted(batch[acc.process_index :: acc.num_processes], key=len)  # so that little is padded
         size = settings.micro_batch_size or len(mine)
         total = torch.zeros((), device=acc.device)
         for at in range(0, len(mine), size):
