@@ -31,7 +31,7 @@ from safeguard.types import (
     Verdict,
 )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "Action",

@@ -356,11 +356,28 @@ def _offline_pack(name: str) -> Any:
 
 def _refiner_item(name: str) -> Item:
     try:
-        registry.load("refiners", name)
+        factory = registry.load("refiners", name)
     except (ImportError, KeyError) as exc:
         remedy = f"pip install --force-reinstall {DISTRIBUTION}"
         return Item("models", f"refiner {name}", "problem", f"cannot be loaded: {exc}", remedy, needed=True)
+    if getattr(factory, "__module__", "") == "safeguard.refiners.shipped":
+        return _shipped_refiner(name)
     return Item("models", f"refiner {name}", "ok", "registered", needed=True)
+
+
+def _shipped_refiner(name: str) -> Item:
+    """Which refiner `default` is here, and why; the span softener, its stand-in, is always there."""
+    from safeguard.refiners import shipped
+
+    state, item = shipped.look(), f"refiner {name}"
+    if state.why is not None:
+        detail = f"span-softener in place of {shipped.NAME}: {' '.join(state.why.split())}"
+        return Item("models", item, "note", detail, state.remedy, needed=True)
+    what = f"{shipped.NAME} {state.version}"
+    if state.built is None:
+        detail = f"{what}, built when a target is first guarded, which takes about a minute, or now"
+        return Item("models", item, "note", detail, shipped.BUILD, needed=True)
+    return Item("models", item, "ok", f"{what}, built in {state.built}", needed=True)
 
 
 def _language_model() -> Iterator[Item]:

@@ -6,100 +6,21 @@ it.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal
 
-from safeguard.driving import Lane, Step, StepRefused, StepTimeout
+from safeguard.calls import NEGATIVE, Ask, Item, Job, Outcome, Route, cut_spans, make_report
+from safeguard.driving import Step, StepRefused, StepTimeout
 from safeguard.errors import RefinerError
-from safeguard.judging import STUCK, TIMED_OUT, Budget, Piece, Surface, plain_text, read_texts, strongest
+from safeguard.judging import STUCK, TIMED_OUT, Budget, Piece, plain_text, read_texts, strongest
 from safeguard.policy import Policy
-from safeguard.types import REFINER, Action, Modality, Refiner, RefineRequest, Report, Span, Task, Verdict
+from safeguard.types import REFINER, Action, Refiner, RefineRequest, Report, Verdict
 
 log = logging.getLogger(__name__)
-
-NEGATIVE = "negative_prompt"
-"""Such texts name what to keep out. Softening their words would turn their meaning round: never refined."""
-
-Texts = Mapping[str, str]
-"""Argument name to text; the first is the prompt proper, the one that is refined after a generation."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What one item of a call asks for.
-
-    Its texts by argument name, and the names of inputs that nobody can read.
-    """
-
-    texts: Texts = field(repr=False)
-    unseen: tuple[str, ...] = ()
-    outputs: int = 1
-
-
-class Job(Protocol):
-    """One guarded call as its adapter sees it.
-
-    `first` makes the outputs of every ask, in order (a list per ask, `outputs` long); asks whose text is None
-    were refused and get nothing made. `again` makes one more output for one place. Both may be coroutine
-    functions when `on_loop` is true. `pieces` gives what the checks should see of each output.
-    """
-
-    @property
-    def task(self) -> Task: ...
-    @property
-    def modality(self) -> Modality: ...
-    @property
-    def on_loop(self) -> bool: ...
-    @property
-    def asks(self) -> Sequence[Ask]: ...
-    def first(self, texts: Sequence[Texts | None]) -> Any: ...
-    def again(self, ask: int, place: int, texts: Texts) -> Any: ...
-    def pieces(self, outputs: Sequence[Any], policy: Policy) -> Sequence[Piece]: ...
-    def placeholder(self, output: Any) -> Any: ...
-    def redact(self, output: Any, spans: Sequence[Span]) -> Any: ...
-
-
-@dataclass(slots=True)
-class Item:
-    """One ask, or one output of it, on its way through the flow."""
-
-    texts: dict[str, str] = field(repr=False)
-    verdicts: list[Verdict] = field(default_factory=list)
-    asked: Action = Action.ALLOW  # what became of the prompt
-    made: Action = Action.ALLOW  # what the policy says of the latest output
-    refined: bool = False
-    rounds: int = 0
-    output: Any = field(default=None, repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Result of a flow: per ask its outputs (placeholders where withheld) and their reports."""
-
-    outputs: list[list[Any]] = field(repr=False)
-    reports: list[list[Report]]
-
-    @property
-    def flat(self) -> list[Report]:
-        """All reports, ask by ask."""
-        return [r for reports in self.reports for r in reports]
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """The parts of a guard that one kind of call needs."""
-
-    policy: Policy
-    inputs: Surface
-    outputs: Surface
-    refiner: Refiner | None
-    salt: bytes
-    refining: Lane = field(default_factory=Lane, repr=False, compare=False)
 
 
 def judge_asks(route: Route, asks: Sequence[Ask], budget: Budget) -> Generator[Step, Any, list[Item]]:
@@ -117,15 +38,15 @@ def judge_asks(route: Route, asks: Sequence[Ask], budget: Budget) -> Generator[S
         item.asked = strongest(item.verdicts)
     todo = [item for item in items if item.asked in (Action.REFINE, Action.REDACT)]
     if todo:
-        changed = yield from _rewrite(route, todo, budget)
-        again = [item for item, names in zip(todo, changed, strict=True) if names]
-        before = [len(item.verdicts) for item in again]
-        yield from _judge_texts(route, again, [names for names in changed if names], budget)
-        passed = {
-            id(item)
-            for item, n in zip(again, before, strict=True)
-            if strongest(item.verdicts[n:]).passes and _rest_passes(item, n)
-        }
+        changed, refined = yield from _rewrite(route, todo, budget)
+        again = [(item, names) for item, names in zip(todo, changed, strict=True) if names]
+        yield from _judge_texts(route, [i for i, _ in again], [names for _, names in again], budget)
+        for _ in range(1, getattr(route.refiner, "attempts", 1)):
+            refined = [place for place in refined if _stays(place)]
+            if not refined:
+                break
+            refined = yield from _try_again(route, refined, budget)
+        passed = {id(item) for item, _ in again if _passes(item)}
         for item in todo:
             if id(item) not in passed:
                 item.asked = Action.BLOCK
@@ -134,10 +55,46 @@ def judge_asks(route: Route, asks: Sequence[Ask], budget: Budget) -> Generator[S
     return items
 
 
-def _rest_passes(item: Item, n: int) -> bool:
-    """Whether the texts that were not judged again had passed the first time."""
-    again = {v.source for v in item.verdicts[n:]}
-    return all(v.action.passes for v in item.verdicts[:n] if v.source not in again)
+@dataclass(frozen=True, slots=True)
+class _Refined:
+    """One text of an item that was rewritten, and what the refiner was asked."""
+
+    item: Item
+    name: str
+    request: RefineRequest
+
+
+def _latest(item: Item, name: str) -> list[Verdict]:
+    """The verdicts on one text as it stands."""
+    last = _last_round(item, "input", name)
+    return [v for v in item.verdicts if v.source == name and v.stage == "input" and v.round == last]
+
+
+def _passes(item: Item) -> bool:
+    """Whether every text of the item passed when it was last judged."""
+    return all(strongest(_latest(item, v.source)).passes for v in item.verdicts)
+
+
+def _stays(refined: _Refined) -> bool:
+    """Whether a rewrite is flagged too, and by nothing that another one could not mend."""
+    return strongest(_latest(refined.item, refined.name)) is Action.REFINE
+
+
+def _try_again(
+    route: Route, places: Sequence[_Refined], budget: Budget
+) -> Generator[Step, Any, list[_Refined]]:
+    """Another rewrite for each place, judged again; without those that the refiner had no other for."""
+    requests = [replace(p.request, tried=(*p.request.tried, p.item.texts[p.name])) for p in places]
+    texts = yield from _refine(route, requests, [p.item for p in places], budget)
+    found = [
+        (_Refined(p.item, p.name, request), text)
+        for p, request, text in zip(places, requests, texts, strict=True)
+        if text is not None and text != request.prompt and text not in request.tried
+    ]
+    for place, text in found:
+        place.item.texts[place.name] = text
+    yield from _judge_texts(route, [p.item for p, _ in found], [[p.name] for p, _ in found], budget)
+    return [place for place, _ in found]
 
 
 def _judge_texts(
@@ -167,11 +124,14 @@ def _report_only(verdict: Verdict) -> Verdict:
     return verdict if verdict.error or verdict.action.passes else replace(verdict, action=Action.MONITOR)
 
 
-def _rewrite(route: Route, items: Sequence[Item], budget: Budget) -> Generator[Step, Any, list[list[str]]]:
+def _rewrite(
+    route: Route, items: Sequence[Item], budget: Budget
+) -> Generator[Step, Any, tuple[list[list[str]], list[_Refined]]]:
     """Refine or redact the flagged texts of each item in place.
 
-    Returns the names of the texts that changed.
+    Returns the names of the texts of each that changed, and those of them that were refined.
     """
+    refined: list[_Refined] = []
     changed: list[list[str]] = [[] for _ in items]
     places: list[tuple[int, str]] = []
     requests: list[RefineRequest] = []
@@ -191,11 +151,12 @@ def _rewrite(route: Route, items: Sequence[Item], budget: Budget) -> Generator[S
                 places.append((i, name))
                 requests.append(RefineRequest(item.texts[name], flagged, spans))
     texts = yield from _refine(route, requests, [items[i] for i, _ in places], budget)
-    for (i, name), rewrite in zip(places, texts, strict=True):
+    for (i, name), request, rewrite in zip(places, requests, texts, strict=True):
         if rewrite is not None and rewrite != items[i].texts[name]:
             items[i].texts[name] = rewrite
             changed[i].append(name)
-    return changed
+            refined.append(_Refined(items[i], name, request))
+    return changed, refined
 
 
 def _refine(
@@ -227,12 +188,11 @@ def _refine(
     if why:
         log.error("refiner failed: refiner=%s items=%d why=%s", name, len(requests), why)
     for request, item, text in zip(requests, items, texts, strict=True):
-        if text is None:  # monitor: what was flagged already decides
-            error = why or "gave no text"
+        if text is None:  # monitor: what was flagged already decides, and where nothing was, on_error
+            error, decides = why or "gave no text", request.flagged or route.policy.on_error == "allow"
+            action = Action.BLOCK if request.round and not decides else Action.MONITOR
             item.verdicts.append(
-                Verdict(
-                    name, "input", Action.MONITOR, {}, error=error, source=REFINER, round=request.round + 1
-                )
+                Verdict(name, "input", action, {}, error=error, source=REFINER, round=request.round + 1)
             )
     return texts
 
@@ -267,7 +227,7 @@ def run(route: Route, job: Job) -> Generator[Step, Any, Outcome]:
     )
     for a, row in enumerate(items):
         for place, item in enumerate(row):
-            if item.made in (Action.REFINE, Action.REGENERATE):
+            if item.asked is not Action.BLOCK and _goes_on(route, item):
                 yield from _more_rounds(route, job, a, place, item, budget)
             if item.made is Action.REDACT:
                 yield from _redact(route, job, item, budget)
@@ -278,7 +238,7 @@ def _judge_outputs(
     route: Route, job: Job, items: Sequence[Item], budget: Budget
 ) -> Generator[Step, Any, None]:
     """Judge the present output of each item."""
-    if not items or not route.outputs.checks:
+    if not items or not (route.outputs.checks or route.always_judges):
         return
     started = time.perf_counter()
     pieces = yield from _read_outputs(job, [item.output for item in items], route.policy)
@@ -290,9 +250,10 @@ def _judge_outputs(
         for piece, item in zip(pieces, items, strict=True)
     ]
     rows = yield from route.outputs.judge(pieces, budget)
-    for item, row in zip(items, rows, strict=True):
+    for item, piece, row in zip(items, pieces, rows, strict=True):
         item.verdicts += row
         item.made = strongest(row)
+        item.views = piece.views if route.outputs.modality == "image" else ()
 
 
 def _read_outputs(job: Job, outputs: Sequence[Any], policy: Policy) -> Generator[Step, Any, list[Piece]]:
@@ -323,20 +284,64 @@ def _more_rounds(
 
     Original prompt and latest result in, new prompt or new seed, judged again.
 
-    Unlike the published loop the last result is judged too; what is still unsafe then is blocked.
+    Unlike the published loop the last result is judged too; what is still unsafe then is blocked. What the
+    checks pass goes on only where the refiner always judges, until that keeps it or the rounds are over.
     """
     main = next(iter(job.asks[a].texts), None)
     for number in range(1, route.policy.max_rounds + 1):
-        if item.made is Action.REFINE and main is not None:
-            unsafe = yield from _refine_again(route, job.asks[a].texts[main], main, item, number, budget)
-            if unsafe:
-                break
+        came = "same"
+        if item.made is not Action.REGENERATE and main is not None:
+            came = yield from _refine_again(route, job.asks[a].texts[main], main, item, number, budget)
+        if came == "unsafe" or (came == "failed" and item.made.passes and route.policy.on_error != "allow"):
+            item.made = Action.BLOCK
+            return
+        if item.made.passes and came != "new":
+            return
         item.output = yield Step(partial(job.again, a, place, dict(item.texts)), on_loop=job.on_loop)
         item.rounds = number
         yield from _judge_outputs(route, job, [item], budget)
-        if item.made not in (Action.REFINE, Action.REGENERATE):
+        if not _goes_on(route, item):
             return
-    item.made = Action.BLOCK
+    if not item.made.passes:
+        item.made = Action.BLOCK
+    elif main is not None and not route.outputs.checks:
+        yield from _ask_of_last(route, job.asks[a].texts[main], main, item, budget)
+
+
+def _ask_of_last(
+    route: Route, original: str, main: str, item: Item, budget: Budget
+) -> Generator[Step, Any, None]:
+    """Ask about the last picture, which no check has judged: the refiner keeps it, or it is blocked."""
+    number = route.policy.max_rounds + 1
+    request = _look(item, original, main, number)
+    (text,) = yield from _refine(route, [request], [item], budget)
+    if text is None:
+        item.made = item.made if route.policy.on_error == "allow" else Action.BLOCK
+    elif route.refiner is not None and text not in (original, item.texts[main]):
+        item.made, whole = Action.BLOCK, {"not_kept": 1.0}
+        item.verdicts.append(
+            Verdict(
+                route.refiner.name,
+                "output",
+                item.made,
+                whole,
+                whole,
+                tuple(whole),
+                source="output",
+                round=number,
+            )
+        )
+
+
+def _look(item: Item, original: str, main: str, number: int, flagged: tuple[str, ...] = ()) -> RefineRequest:
+    """What a refiner is asked of the latest output."""
+    current = item.texts[main]
+    return RefineRequest(original, flagged, (), item.output, number, current=current, views=item.views)
+
+
+def _goes_on(route: Route, item: Item) -> bool:
+    """Whether there is something to do about the present output, or somebody else to ask about it."""
+    return item.made in (Action.REFINE, Action.REGENERATE) or (item.made.passes and route.always_judges)
 
 
 def _redact(route: Route, job: Job, item: Item, budget: Budget) -> Generator[Step, Any, None]:
@@ -360,18 +365,25 @@ def _redact(route: Route, job: Job, item: Item, budget: Budget) -> Generator[Ste
 
 def _refine_again(
     route: Route, original: str, main: str, item: Item, number: int, budget: Budget
-) -> Generator[Step, Any, bool]:
-    """Rewrite the prompt after a flagged result; true when the new prompt itself is unsafe."""
-    flagged = tuple(dict.fromkeys(c for v in item.verdicts if v.stage == "output" for c in v.flagged))
-    request = RefineRequest(original, flagged, (), item.output, number)
+) -> Generator[Step, Any, Literal["same", "new", "failed", "unsafe"]]:
+    """Rewrite the prompt after a result; "unsafe" when the new prompt itself is.
+
+    "same" and "failed" have nothing new to say: after a flagged result the round still gets a new seed.
+    """
+    flagged: tuple[str, ...] = ()
+    if not item.made.passes:
+        flagged = tuple(dict.fromkeys(c for v in item.verdicts if v.stage == "output" for c in v.flagged))
+    request = _look(item, original, main, number, flagged)
     (text,) = yield from _refine(route, [request], [item], budget)
-    if text is None or text == item.texts[main] or (text == original and item.refined):
-        return False  # nothing new to say: the round still gets a new seed
+    if text is None:
+        return "failed"
+    if text in (item.texts[main], original):  # the original, where another text drew this, is no news either
+        return "same"
     before = len(item.verdicts)
     item.texts[main] = text
     yield from _judge_texts(route, [item], [[main]], budget)
     item.refined = True
-    return not strongest(item.verdicts[before:]).passes
+    return "new" if strongest(item.verdicts[before:]).passes else "unsafe"
 
 
 def _settle(route: Route, job: Job, items: Sequence[Sequence[Item]], budget: Budget) -> Outcome:
@@ -404,36 +416,6 @@ def _carry_out(job: Job, item: Item) -> tuple[Any, Action]:
     return output, max(item.asked, item.made, key=lambda a: a.strength)
 
 
-def make_report(
-    route: Route,
-    ask: Ask,
-    texts: Texts,
-    verdicts: Sequence[Verdict],
-    action: Action,
-    *,
-    refined: bool = False,
-    rounds: int = 0,
-    ms: float = 0.0,
-) -> Report:
-    """The report on one item; texts are what its prompt became."""
-    original = plain_text(next(iter(ask.texts.values()), None))
-    name, revised = next(iter(texts.items()), ("", None))
-    report = Report(
-        action,
-        tuple(verdicts),
-        revised if isinstance(revised, str) and revised != original else None,
-        route.refiner.name if refined and route.refiner is not None else None,
-        rounds,
-        ms,
-        route.policy.name,
-        route.policy.digest,
-        hash_of(original, route.salt),
-    )
-    if any(not v.action.passes for v in report.final if (v.stage, v.source) == ("input", name)):
-        return replace(report, revised_prompt=None)  # a rewrite that was refused is nothing to tell
-    return report
-
-
 def _report(route: Route, ask: Ask, item: Item, action: Action, ms: float) -> Report:
     return make_report(
         route, ask, item.texts, item.verdicts, action, refined=item.refined, rounds=item.rounds, ms=ms
@@ -455,21 +437,3 @@ def output_reports(route: Route, pieces: Sequence[Piece]) -> Generator[Step, Any
     each_ms = budget.spent_ms / max(len(rows), 1)
     empty = Ask({})
     return [_report(route, empty, Item({}, row, strongest(row)), strongest(row), each_ms) for row in rows]
-
-
-def cut_spans(text: str, spans: Sequence[Span], placeholder: str) -> str:
-    """The text with each flagged place replaced; overlapping places are one place."""
-    out: list[str] = []
-    end = 0
-    for span in sorted(spans, key=lambda s: (s.start, s.end)):
-        if span.start >= end:
-            out += [text[end : span.start], placeholder]
-        end = max(end, span.end)
-    return "".join([*out, text[end:]])
-
-
-def hash_of(text: str | None, salt: bytes) -> str | None:
-    """First 12 hex digits of a salted hash: enough to find a text again, not to recover it."""
-    if not isinstance(text, str):
-        return None
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=salt, digest_size=6).hexdigest()

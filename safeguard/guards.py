@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar, overload
 
-from safeguard import flow, registry
+from safeguard import calls, flow, registry
 from safeguard.driving import adrive, drive
 from safeguard.errors import Blocked, CheckFailed, CheckTimeout, MissingExtra, PackNotFound, UnseenInput
 from safeguard.judging import STUCK, TIMED_OUT, Piece, Surface, image_piece, text_piece
@@ -57,7 +57,7 @@ class _Loaded:
         self.runtime: Runtime | None = None
         self.surfaces: dict[SurfaceName, Surface] = {}
         self.refiner: Refiner | None = None
-        self.routes: dict[tuple[Task, Modality], flow.Route] = {}
+        self.routes: dict[tuple[Task, Modality], calls.Route] = {}
 
 
 @dataclass(frozen=True)
@@ -137,14 +137,14 @@ class Guard:
 
     def check_input(self, texts: str | Sequence[str], *, task: Task = "llm") -> list[Report]:
         """Judge prompts, one report each; where the policy refines, the report has the revised prompt."""
-        asks = [flow.Ask({"prompt": text}) for text in _as_list(texts)]
+        asks = [calls.Ask({"prompt": text}) for text in _as_list(texts)]
         return self.tell(drive(flow.input_reports(self.route(task, "text"), self._limited(asks))))
 
     async def acheck_input(self, texts: str | Sequence[str], *, task: Task = "llm") -> list[Report]:
         """`check_input` for an event loop."""
         import asyncio
 
-        asks = [flow.Ask({"prompt": text}) for text in _as_list(texts)]
+        asks = [calls.Ask({"prompt": text}) for text in _as_list(texts)]
         route = await asyncio.to_thread(self.route, task, "text")  # the first time it loads models
         return self.tell(await adrive(flow.input_reports(route, self._limited(asks))))
 
@@ -168,14 +168,14 @@ class Guard:
         Chunks are strings, or objects with `choices` as chat APIs stream them. Raises Blocked at the first
         flagged text, after closing the source.
         """
-        return GuardedStream(self, self.output_route("text"), flow.Ask({})).run(chunks)
+        return GuardedStream(self, self.output_route("text"), calls.Ask({})).run(chunks)
 
     async def astream(self, chunks: AsyncIterable[T]) -> AsyncGenerator[T, None]:
         """`stream` for an event loop."""
         import asyncio
 
         route = await asyncio.to_thread(self.output_route, "text")
-        async with aclosing(GuardedStream(self, route, flow.Ask({})).arun(chunks)) as texts:
+        async with aclosing(GuardedStream(self, route, calls.Ask({})).arun(chunks)) as texts:
             async for text in texts:
                 yield text
 
@@ -203,8 +203,20 @@ class Guard:
                 self._surface("output", "text", "text"),
                 self._surface("output", "image", "image"),
             ]
+            refines = any(_refines(surface) for surface in surfaces)
+            refiner = self._refiner() if refines else None
         for check in {id(check): check for surface in surfaces for check in surface.checks}.values():
             warm_up(check)
+        _prepare(refiner)
+
+    def refiner_in_use(self) -> str | None:
+        """Name of the refiner that flagged prompts go to, None where the policy names none; loads it.
+
+        With `refiner: default` this tells whether the trained refiner serves, or the span softener instead.
+        """
+        with self._loaded.lock:
+            refiner = self._refiner()
+        return None if refiner is None else refiner.name
 
     def cache_statistics(self) -> CacheStatistics | None:
         """Hits, misses and size of the result cache; None where the policy keeps none."""
@@ -213,7 +225,7 @@ class Guard:
 
     # --- for adapters -------------------------------------------------------------------------
 
-    def route(self, task: Task, modality: Modality) -> flow.Route:
+    def route(self, task: Task, modality: Modality) -> calls.Route:
         """What a call of this kind goes through; loads what it needs the first time."""
         found = self._loaded.routes.get((task, modality))
         if found is not None:
@@ -221,14 +233,19 @@ class Guard:
         with self._loaded.lock:
             inputs = self._surface("input", task, "text")
             outputs = self._surface("output", modality, modality)
-            refines = any(
-                Action.REFINE in (s.rules.action, *(r.action for r in s.rules.categories.values()))
-                for s in (inputs, outputs)
-            )
-            refiner = self._refiner() if refines else None
-            found = flow.Route(self.policy, inputs, outputs, refiner, self.salt)
+            refines = _refines(inputs) or _refines(outputs)
+            refiner = self._refiner() if refines or modality == "image" else None
+            if not refines and not getattr(refiner, "always_judge", False):
+                refiner = None
+            found = calls.Route(self.policy, inputs, outputs, refiner, self.salt)
             self._loaded.routes[task, modality] = found
             return found
+
+    def prepare(self, task: Task, modality: Modality) -> calls.Route:
+        """`route` for what is being guarded: what has to be built first is built now, and not in a call."""
+        found = self.route(task, modality)
+        _prepare(found.refiner)
+        return found
 
     def tell(self, reports: list[Report]) -> list[Report]:
         """Count reports, hand them to the `capture` blocks around and to `on_report`; returns them."""
@@ -269,12 +286,12 @@ class Guard:
             raise Blocked(reports, output)
         raise _failure(blocked[0], reports, output)
 
-    def output_route(self, modality: Modality) -> flow.Route:
+    def output_route(self, modality: Modality) -> calls.Route:
         """A route for judging results alone: no input check needs to be there."""
         with self._loaded.lock:
             outputs = self._surface("output", modality, modality)
         nothing = Surface("input", "text", self.policy.input.llm, (), self.policy)
-        return flow.Route(self.policy, nothing, outputs, None, self.salt)
+        return calls.Route(self.policy, nothing, outputs, None, self.salt)
 
     def _surface(self, stage: Stage, name: str, modality: Modality) -> Surface:
         key = (stage, name)
@@ -327,6 +344,18 @@ class Guard:
                 ) from exc
             self._loaded.refiner = factory(*given)
         return self._loaded.refiner
+
+
+def _refines(surface: Surface) -> bool:
+    rules = surface.rules
+    return Action.REFINE in (rules.action, *(rule.action for rule in rules.categories.values()))
+
+
+def _prepare(refiner: Refiner | None) -> None:
+    """Have a refiner make what its first run would have to wait for; most need nothing."""
+    own = getattr(refiner, "prepare", None)
+    if own is not None:
+        own()
 
 
 def _hand_on(reports: Sequence[Report], sink: Callable[[Report], None]) -> None:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
-from safeguard import flow
+from safeguard import calls
 from safeguard.chunks import JsonText, Key, Texts, Unreadable, get, parts_of, read_chunk
 from safeguard.driving import Step
 from safeguard.held_text import HeldText
@@ -29,7 +29,7 @@ _NAMES = ("id", "object", "created", "model", "system_fingerprint")
 class _Part:
     """One text of a stream: held back on its own."""
 
-    def __init__(self, route: flow.Route, budget: Budget, key: Key) -> None:
+    def __init__(self, route: calls.Route, budget: Budget, key: Key) -> None:
         source = "output" if key[1] == "content" else f"output.{key[1]}"
         self.held = HeldText(route, budget, source)
         self.json = JsonText() if key[1].endswith("arguments") else None
@@ -43,7 +43,7 @@ class HeldChunks:
     read: how a chunk's texts are found; `read_chunk`, or a reader of the user's.
     """
 
-    def __init__(self, route: flow.Route, read: Callable[[Any], Texts] = read_chunk) -> None:
+    def __init__(self, route: calls.Route, read: Callable[[Any], Texts] = read_chunk) -> None:
         self._route, self._read = route, read
         self._budget = Budget(route.policy)
         self._parts: dict[Key, _Part] = {}

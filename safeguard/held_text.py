@@ -21,7 +21,7 @@ import re
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from safeguard import flow
+from safeguard import calls
 from safeguard.driving import Step
 from safeguard.judging import Budget, Piece, read_texts, strongest
 from safeguard.text import View
@@ -74,7 +74,7 @@ class HeldText:
     budget: time for all checks, shared with other texts of the same call. source: name in reports.
     """
 
-    def __init__(self, route: flow.Route, budget: Budget | None = None, source: str = "output") -> None:
+    def __init__(self, route: calls.Route, budget: Budget | None = None, source: str = "output") -> None:
         self._route, self._source = route, source
         self._rules = route.policy.stream
         self._budget = budget or Budget(route.policy)

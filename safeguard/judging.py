@@ -5,6 +5,7 @@ Closed when in doubt.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -406,3 +407,10 @@ def strongest(verdicts: Sequence[Verdict]) -> Action:
     if len(verdicts) == 1:
         return verdicts[0].action
     return max((v.action for v in verdicts), key=lambda a: a.strength, default=Action.ALLOW)
+
+
+def hash_of(text: str | None, salt: bytes) -> str | None:
+    """First 12 hex digits of a salted hash: enough to find a text again, not to recover it."""
+    if not isinstance(text, str):
+        return None
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=salt, digest_size=6).hexdigest()

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, ExitStack, contextmanager
 from inspect import isawaitable
 from typing import Any
 
-from safeguard import flow
+from safeguard import calls
 from safeguard.chunks import Texts, read_chunk
 from safeguard.driving import Step, adrive, drive
 from safeguard.held_chunks import HeldChunks
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class HeldStrings:
     """A stream of strings, held back as one text."""
 
-    def __init__(self, route: flow.Route) -> None:
+    def __init__(self, route: calls.Route) -> None:
         self._held = HeldText(route)
 
     @property
@@ -69,9 +69,9 @@ class GuardedStream:
     def __init__(
         self,
         guard: Any,
-        route: flow.Route,
-        ask: flow.Ask,
-        item: flow.Item | None = None,
+        route: calls.Route,
+        ask: calls.Ask,
+        item: calls.Item | None = None,
         read: Callable[[Any], Texts] | None = None,
     ) -> None:
         self._guard, self._route, self._ask, self._item = guard, route, ask, item
@@ -169,7 +169,7 @@ class GuardedStream:
             action = max(action, self._item.asked, key=lambda a: a.strength)
         texts = self._item.texts if self._item is not None else {}
         refined = self._item is not None and self._item.refined
-        return flow.make_report(
+        return calls.make_report(
             self._route, self._ask, texts, [*before, *row], action, refined=refined, ms=ms
         )
 

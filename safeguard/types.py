@@ -14,8 +14,11 @@ Task = Literal["t2i", "llm"]
 Scores = Mapping[str, float]
 """Category name to probability in [0, 1]; higher is riskier, for every check."""
 
-REFINER = "refiner"
-"""Source of the verdicts that note a failure of the refiner; nothing was judged there."""
+REFINER = "(refiner)"
+"""Source of the verdicts that note a failure of the refiner; nothing was judged there.
+
+No argument can have this name: the note would stand for the latest verdict on that argument's text.
+"""
 
 T_contra = TypeVar("T_contra", contravariant=True)
 
@@ -96,9 +99,11 @@ class Check(Protocol[T_contra]):
 class RefineRequest:
     """One prompt to rewrite: always the user's original, with what is known of why.
 
-    flagged: categories over their thresholds. spans: where, in characters of `prompt`. result: the latest
-    generated item (image or text), None before anything was generated. round: 0 before generation, then 1, 2,
-    ...
+    flagged: categories over their thresholds; none where a refiner that always judges is asked of a result
+    that passed. spans: where, in characters of `prompt`. result: the latest generated item (image or text),
+    None before anything was generated. views: the pictures that the checks were shown of it; none for text,
+    and where it could not be looked at. current: the prompt that made it. round: 0 before generation, then 1,
+    2, ... tried: rewrites of it that were flagged too, in order, for a refiner with `attempts`.
     """
 
     prompt: str = field(repr=False)
@@ -106,10 +111,21 @@ class RefineRequest:
     spans: tuple[Span, ...] = ()
     result: Any = field(default=None, repr=False)
     round: int = 0
+    current: str | None = field(default=None, repr=False)
+    views: tuple[Any, ...] = field(default=(), repr=False)
+    tried: tuple[str, ...] = field(default=(), repr=False)
 
 
 class Refiner(Protocol):
-    """Rewrites prompts; returns one prompt per request, the same text to keep it."""
+    """Rewrites prompts; returns one prompt per request, the same text to keep it, no text when it failed.
+
+    A refiner whose optional attribute `always_judge` is true is asked about every picture, also one that all
+    checks pass: the same text lets it go, a rewrite is drawn in its place, and where it fails the picture is
+    what could not be judged. What is drawn last, after `max_rounds`, the checks alone judge; where there are
+    none the refiner must keep it. A picture of no prompt is not asked about. Without it a refiner is asked
+    about flagged pictures alone. With `attempts` over 1 it is asked so often for a prompt whose rewrites stay
+    flagged, with what was `tried`.
+    """
 
     @property
     def name(self) -> str: ...

@@ -148,6 +148,18 @@ def test_only_the_text_checks_and_the_refiner_are_needed() -> None:
     assert needed == {"text-guard-s", "refiner default"}
 
 
+def test_it_says_which_refiner_is_in_use_and_that_text_is_judged_with_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smollm2, "CARRIER", "no_such_package")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    found = item("refiner default")
+    assert (found.state, found.needed) == ("note", True)
+    assert found.detail.startswith("span-softener in place of prompt-refiner-s: no model pack named")
+    assert "\n" not in found.detail
+
+
 def test_the_embedded_language_model_is_found_or_named_with_its_command() -> None:
     found = item("embedded language model")
 

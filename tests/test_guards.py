@@ -26,7 +26,7 @@ from safeguard import (
     UnknownName,
     capture,
 )
-from safeguard.flow import Ask, Item, Outcome
+from safeguard.calls import Ask, Item, Outcome
 from safeguard.judging import text_piece
 from safeguard.testing import BrightCheck, FailingCheck, HangingCheck, ScoreCheck, SwapRefiner, WordCheck
 from tests.policies import echo, llm, policy

@@ -284,6 +284,9 @@ def test_ordinary_sentences_stay(text: str) -> None:
         ("KIIILL", "KILL"),
         ("zzqqqq", "zzqq"),
         ("a" * 50, "aa"),
+        ("Thhe lettters sshould be shorrter", "The letters should be shorter"),  # doubled beside drawn out
+        ("Thhe Matt and Hanna", "Thhe Matt and Hanna"),  # nothing is plainly drawn out, so nothing is touched
+        ("sooo, Mattz is here", "so, Mattz is here"),  # no word without its second t
     ],
 )
 def test_drawn_out_letters_are_cut(drawn: str, clear: str) -> None:
@@ -300,6 +303,8 @@ def test_drawn_out_letters_are_cut(drawn: str, clear: str) -> None:
         ("❤️", " red heart "),
         ("🇩🇪🇫🇷", " Germany  France "),
         ("🇰🇮🇱🇱", "KILL"),  # not two flags, so letters
+        ("🇲🇴🇻🇪 it", "MOVE it"),  # Macau and Venezuela, but a word
+        ("🇮🇹", " Italy "),  # one flag is a flag, whatever it spells
         ("1️⃣", " keycap 1 "),
         ("😂😂😂😂😂", " face with tears of joy " * 3),
         ("🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", " England "),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, TypeVar, cast
 
-from safeguard import flow
+from safeguard import calls, flow
 from safeguard.adapters import diffusers_outputs as outputs
 from safeguard.adapters import pictures
 from safeguard.adapters.diffusers_call import Call
@@ -57,7 +57,7 @@ def wrap(target: T, guard: Guard, *, frames: int = MAX_FRAMES) -> T:
     base = type(pipe)
     if getattr(base, "__safeguard__", None) is not None:
         raise TypeError(f"this {base.__name__} is guarded already; build another pipeline for another guard")
-    route = guard.route("t2i", "image")  # what is missing is said now
+    route = guard.prepare("t2i", "image")  # what is missing is said now
     members: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -121,7 +121,7 @@ class _Job:
         frames: int,
         probe: Callable[..., Probe] | None = None,
     ) -> None:
-        self.asks: Sequence[flow.Ask] = call.asks()
+        self.asks: Sequence[calls.Ask] = call.asks()
         if len(self.asks) > policy.max_items:
             raise ValueError(
                 f"a call may have at most {policy.max_items} items (max_items), got {len(self.asks)}"
@@ -133,7 +133,7 @@ class _Job:
         self._made: outputs.Made | None = None
         self._starts: list[int] = []
 
-    def first(self, texts: Sequence[flow.Texts | None]) -> list[list[Any]]:
+    def first(self, texts: Sequence[calls.Texts | None]) -> list[list[Any]]:
         """Run the whole batch, with an empty text for what was refused, and give each ask its outputs."""
         args, kwargs = self._call.batch(texts)
         live = [t is not None for t in texts for _ in range(self._call.per_prompt)]
@@ -153,7 +153,7 @@ class _Job:
         self._starts = [0, *ends[:-1]]
         return [items[start:end] for start, end in zip(self._starts, ends, strict=True)]
 
-    def again(self, ask: int, place: int, texts: flow.Texts) -> Any:
+    def again(self, ask: int, place: int, texts: calls.Texts) -> Any:
         """One new output for one place: a generator goes on from where it is, given noise is drawn anew."""
         made = self._made
         if made is None or not made.readable:
@@ -212,7 +212,7 @@ class _Job:
         """Pictures have no spans to cut."""
         return self.placeholder(output)
 
-    def result(self, outcome: flow.Outcome) -> Any:
+    def result(self, outcome: calls.Outcome) -> Any:
         """The pipeline's own output with what may be handed on; None where nothing was made."""
         flat = [item for row in outcome.outputs for item in row]
         if self._made is not None:
@@ -297,7 +297,7 @@ def _judged(static: Any, guard: Guard) -> Any:
         after = [result] if isinstance(result, str) else list(result)
         reports = drive(
             flow.input_reports(
-                guard.route("t2i", "image"), [flow.Ask({"rewritten_prompt": text}) for text in after]
+                guard.route("t2i", "image"), [calls.Ask({"rewritten_prompt": text}) for text in after]
             )
         )
         texts: list[Any] = []

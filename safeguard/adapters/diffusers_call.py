@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from safeguard.adapters.in_place import kept
-from safeguard.flow import Ask, Texts
+from safeguard.calls import Ask, Texts
 
 _PER_ASK = re.compile(r"(?:(?:neg|negative|content|task|source)_)?prompt(?:_\d+)?")
 """Text arguments of which a list has one text per prompt of the batch; any other list goes to all of them."""

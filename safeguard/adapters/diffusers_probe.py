@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from safeguard import flow
+from safeguard import calls
 from safeguard.adapters.diffusers_latents import Decoder, decodes
 from safeguard.driving import drive
 from safeguard.errors import CheckFailed, PolicyError
@@ -46,7 +46,7 @@ def lacking(base: type, pipe: Any, call: Callable[..., Any]) -> str | None:
     return None
 
 
-def usable(base: type, pipe: Any, call: Callable[..., Any], route: flow.Route) -> bool:
+def usable(base: type, pipe: Any, call: Callable[..., Any], route: calls.Route) -> bool:
     """Whether calls of this pipeline are probed; says so where the policy wants it and it cannot be.
 
     Raises PolicyError then, where the policy's `probe.unavailable` is "error".
@@ -72,7 +72,7 @@ class Probe:
     """
 
     def __init__(
-        self, pipe: Any, route: flow.Route, decoder: Decoder, live: Sequence[bool] | None = None
+        self, pipe: Any, route: calls.Route, decoder: Decoder, live: Sequence[bool] | None = None
     ) -> None:
         self._pipe, self._route, self._decoder, self._live = pipe, route, decoder, live
         self._rules: ProbeRules = route.policy.probe

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
-from safeguard import flow
+from safeguard import calls, flow
 from safeguard.adapters.in_place import kept
 from safeguard.adapters.messages import is_chat, judged_turns, other_words
 from safeguard.chunks import texts_of
@@ -77,7 +77,7 @@ def wrap(
         raise ValueError("only text can be streamed, got task 't2i'; leave out stream=True")
     how = task or _task_of(signature)
     modality: Modality = "image" if how == "t2i" else "text"
-    guard.route(how, modality)  # what is missing is said now
+    guard.prepare(how, modality)  # what is missing is said now
     call = _Call(func, signature, names, guard, how, modality, output)
     kind = func if inspect.isroutine(func) or isinstance(func, functools.partial) else type(func).__call__
     if inspect.isasyncgenfunction(kind):
@@ -216,7 +216,7 @@ class _Call:
         route = self.guard.route(self.task, "text")
         (item,) = drive(flow.judge_asks(route, job.asks, Budget(route.policy)))
         if item.asked is Action.BLOCK:
-            report = flow.make_report(route, job.asks[0], item.texts, item.verdicts, item.asked)
+            report = calls.make_report(route, job.asks[0], item.texts, item.verdicts, item.asked)
             yield self.guard.settle([report], route.policy.placeholder_text)
             return
         read = None if self.output is None else texts_of(self.output)
@@ -227,7 +227,7 @@ class _Call:
         route = self.guard.route(self.task, "text")
         (item,) = await adrive(flow.judge_asks(route, job.asks, Budget(route.policy)))
         if item.asked is Action.BLOCK:
-            report = flow.make_report(route, job.asks[0], item.texts, item.verdicts, item.asked)
+            report = calls.make_report(route, job.asks[0], item.texts, item.verdicts, item.asked)
             yield self.guard.settle([report], route.policy.placeholder_text)
             return
         source = job.call(item.texts)
@@ -283,7 +283,7 @@ class _FunctionJob:
         value = args[place] if len(args) > place else kwargs.get(name)
         if not isinstance(value, str):
             return False
-        self.asks = [flow.Ask({name: value})]
+        self.asks = [calls.Ask({name: value})]
         return True
 
     def _arguments(self) -> dict[str, Any]:
@@ -303,7 +303,7 @@ class _FunctionJob:
         found.update({n: v for n, v in loose.items() if _says_prompt(n) or (prompts and isinstance(v, str))})
         return {n: kept(v) for n, v in found.items() if v is not None}
 
-    def _ask(self, row: int) -> flow.Ask:
+    def _ask(self, row: int) -> calls.Ask:
         texts: dict[str, str] = {}
         for name, value in self._values.items():
             value = value[row] if _is_batch(value) else value
@@ -313,28 +313,28 @@ class _FunctionJob:
                 texts.update({f"{name}[{i}].{key}": words for i, key, words in other_words(value, history)})
             else:
                 texts[name] = value  # what is no text is refused by the flow
-        return flow.Ask(texts)
+        return calls.Ask(texts)
 
-    def call(self, texts: flow.Texts) -> Any:
+    def call(self, texts: calls.Texts) -> Any:
         """Run the function for one ask."""
         return self._invoke([texts])
 
-    def first(self, texts: Sequence[flow.Texts | None]) -> Any:
+    def first(self, texts: Sequence[calls.Texts | None]) -> Any:
         if self._rows is None:
             return self._one(texts[0] or {})
         live = [i for i, t in enumerate(texts) if t is not None]
         return self._many([t for t in texts if t is not None], live, len(texts))
 
-    def again(self, ask: int, place: int, texts: flow.Texts) -> Any:
+    def again(self, ask: int, place: int, texts: calls.Texts) -> Any:
         return self._single(texts, [ask])
 
-    def _one(self, texts: flow.Texts) -> Any:
+    def _one(self, texts: calls.Texts) -> Any:
         result = self._invoke([texts])
         if self.on_loop:
             return _then(result, lambda value: [[value]])
         return [[result]]
 
-    def _many(self, texts: Sequence[flow.Texts], live: list[int], total: int) -> Any:
+    def _many(self, texts: Sequence[calls.Texts], live: list[int], total: int) -> Any:
         result = self._invoke(texts, live)
 
         def place(values: Any) -> list[list[Any]]:
@@ -350,13 +350,13 @@ class _FunctionJob:
 
         return _then(result, place) if self.on_loop else place(result)
 
-    def _single(self, texts: flow.Texts, rows: list[int]) -> Any:
+    def _single(self, texts: calls.Texts, rows: list[int]) -> Any:
         result = self._invoke([texts], rows)
         if self._rows is None:
             return result
         return _then(result, lambda values: values[0]) if self.on_loop else result[0]
 
-    def _invoke(self, texts: Sequence[flow.Texts], rows: list[int] | None = None) -> Any:
+    def _invoke(self, texts: Sequence[calls.Texts], rows: list[int] | None = None) -> Any:
         """Call the function with these texts.
 
         Other lists as long as the batch are narrowed to the same rows.
@@ -375,7 +375,7 @@ class _FunctionJob:
                 bound.arguments[p.name] = self._narrow(p.name, value, texts, rows)
         return self._call.func(*bound.args, **bound.kwargs)
 
-    def _narrow(self, name: str, value: Any, texts: Sequence[flow.Texts], rows: list[int] | None) -> Any:
+    def _narrow(self, name: str, value: Any, texts: Sequence[calls.Texts], rows: list[int] | None) -> Any:
         if name not in self._values:
             if rows is not None and _is_batch(value) and len(value) == self._rows:
                 return [value[i] for i in rows]
@@ -410,9 +410,9 @@ class _FunctionJob:
     def redact(self, output: Any, spans: Sequence[Span]) -> Any:
         if not isinstance(output, str):  # a response object: the cut text cannot be put back into it
             return self.placeholder(output)
-        return flow.cut_spans(output, spans, self._call.guard.policy.placeholder_text or "[redacted]")
+        return calls.cut_spans(output, spans, self._call.guard.policy.placeholder_text or "[redacted]")
 
-    def assemble(self, outcome: flow.Outcome) -> Any:
+    def assemble(self, outcome: calls.Outcome) -> Any:
         values = [row[0] for row in outcome.outputs]
         return values[0] if self._rows is None else values
 
@@ -421,7 +421,7 @@ def _is_batch(value: Any) -> bool:
     return isinstance(value, list | tuple) and not is_chat(value)
 
 
-def _put(name: str, value: Any, texts: flow.Texts) -> Any:
+def _put(name: str, value: Any, texts: calls.Texts) -> Any:
     """An argument with its texts as the flow left them; chat messages are copied, never changed in place."""
     if not is_chat(value):
         return texts.get(name, value)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from safeguard import flow
+from safeguard import calls, flow
 from safeguard.adapters.token_text import TokenText
 from safeguard.driving import drive
 from safeguard.held_text import HeldText
@@ -27,7 +27,7 @@ class TokenStream(BaseStreamer):  # type: ignore[misc]  # transformers is untype
     something is flagged nothing more goes on, and `stop` ends the generation at its next step.
     """
 
-    def __init__(self, route: flow.Route, text: TokenText, streamer: Any) -> None:
+    def __init__(self, route: calls.Route, text: TokenText, streamer: Any) -> None:
         self._text, self._streamer = text, streamer
         self._held = HeldText(route)
         self._placeholder = route.policy.placeholder_text if route.policy.on_block == "replace" else ""
@@ -109,7 +109,7 @@ class TokenStream(BaseStreamer):  # type: ignore[misc]  # transformers is untype
             self._ended = True
             self._streamer.end()
 
-    def report(self, route: flow.Route, ask: flow.Ask, item: flow.Item, ms: float) -> Report:
+    def report(self, route: calls.Route, ask: calls.Ask, item: calls.Item, ms: float) -> Report:
         """The report on prompt and text."""
         action = strongest(self._held.verdicts)
         if not action.passes:
@@ -119,7 +119,7 @@ class TokenStream(BaseStreamer):  # type: ignore[misc]  # transformers is untype
         else:
             action = max(action, item.asked, key=lambda a: a.strength)
         verdicts = [*item.verdicts, *self._held.verdicts]
-        return flow.make_report(
+        return calls.make_report(
             route, ask, item.texts, verdicts, action, refined=item.refined, ms=ms + self._held.spent_ms
         )
 
@@ -145,25 +145,27 @@ class TokenStream(BaseStreamer):  # type: ignore[misc]  # transformers is untype
             self._streamer.put(self._waiting.popleft()[0])
 
 
-def run(route: flow.Route, job: Any, streamer: Any) -> flow.Outcome:
+def run(route: calls.Route, job: Any, streamer: Any) -> calls.Outcome:
     """A guarded call with a streamer: one prompt, one continuation, nothing made a second time."""
     if len(job.asks) != 1 or job.outputs != 1:
         raise ValueError(
             f"a streamer takes one prompt and one sequence, got {len(job.asks)} prompts x {job.outputs}"
         )
     stream = TokenStream(route, job.text, streamer)
-    ask: flow.Ask = job.asks[0]
+    ask: calls.Ask = job.asks[0]
     try:
         budget = Budget(route.policy)
         (item,) = drive(flow.judge_asks(route, job.asks, budget))
         if item.asked is Action.BLOCK:
             stream.refuse(job.ids)
-            report = flow.make_report(route, ask, item.texts, item.verdicts, Action.BLOCK, ms=budget.spent_ms)
-            return flow.Outcome([[job.placeholder(None)]], [[report]])
+            report = calls.make_report(
+                route, ask, item.texts, item.verdicts, Action.BLOCK, ms=budget.spent_ms
+            )
+            return calls.Outcome([[job.placeholder(None)]], [[report]])
         rows: Sequence[Any] = job.first([item.texts], stream)[0]
         stream.close(str(rows[0]))
     except BaseException:
         stream.abandon()
         raise
     report = stream.report(route, ask, item, budget.spent_ms)
-    return flow.Outcome([[job.placeholder(None) if report.blocked else rows[0]]], [[report]])
+    return calls.Outcome([[job.placeholder(None) if report.blocked else rows[0]]], [[report]])

@@ -92,7 +92,7 @@ def wrap(target: T, guard: Guard, *, tokenizer: Any = None, task: Task = "llm") 
     _refuse_others(model)
     inner = _tokenizer_of(model, tokenizer)
     text = TokenText(inner)
-    guard.route(task, "text")  # what is missing is said now
+    guard.prepare(task, "text")  # what is missing is said now
     decoder = Decoder.load(guard.policy.decoding, model, inner, beside=guard.folder)
     generate = _guarded(base.generate, guard, text, task, decoder)
     become_guarded(model, guard, {"generate": generate} | _refusals(base, _CONTINUOUS))

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
-from safeguard import flow
+from safeguard import calls
 from safeguard.adapters.chat import Part
 from safeguard.adapters.messages import words_of
 from safeguard.adapters.token_stream import TokenStream
@@ -87,7 +87,7 @@ class LmJob:
         self._mask = mask if _same_shape(mask, self.ids) else None
         self._chats = chats if chats is not None and len(chats) == self._rows else None
         self._parts: list[list[Part]] = []
-        self.asks: Sequence[flow.Ask] = [self._ask(row) for row in range(self._rows)]
+        self.asks: Sequence[calls.Ask] = [self._ask(row) for row in range(self._rows)]
         self._tried: dict[tuple[int, int], set[tuple[tuple[str, str], ...]]] = {}
         self._result: Any = None
         self._made: list[Made] = []
@@ -96,7 +96,7 @@ class LmJob:
 
     # --- what is asked ------------------------------------------------------------------------
 
-    def _ask(self, row: int) -> flow.Ask:
+    def _ask(self, row: int) -> calls.Ask:
         ids = self._read(row)
         unseen = _unseen(self._named)
         if any(i > self.text.largest or i < 0 for i in ids):
@@ -112,12 +112,12 @@ class LmJob:
         if isinstance(negative, torch.Tensor) and negative.dim() == 2 and len(negative):
             said = self.text.plain(self.text.decode(negative[min(row, len(negative) - 1)].tolist()))
             texts[self._negative_name()] = said
-        return flow.Ask({n: t for n, t in texts.items() if t != ""}, unseen, self.outputs)
+        return calls.Ask({n: t for n, t in texts.items() if t != ""}, unseen, self.outputs)
 
     def _negative_name(self) -> str:
         """Below a guidance scale of 1 a negative prompt draws the model: then it is judged like any other."""
         scale = self._value("guidance_scale")
-        return "guiding_prompt" if scale is not None and not scale >= 1 else flow.NEGATIVE
+        return "guiding_prompt" if scale is not None and not scale >= 1 else calls.NEGATIVE
 
     def _read(self, row: int) -> list[int]:
         """Tokens of one prompt. Left out are masked control tokens and masked ends of one repeated sign.
@@ -158,7 +158,9 @@ class LmJob:
 
     # --- generating ---------------------------------------------------------------------------
 
-    def first(self, texts: Sequence[flow.Texts | None], stream: TokenStream | None = None) -> list[list[Any]]:
+    def first(
+        self, texts: Sequence[calls.Texts | None], stream: TokenStream | None = None
+    ) -> list[list[Any]]:
         """Continue all prompts that were not refused, in one batch."""
         live = [i for i, t in enumerate(texts) if t is not None]
         said = {i: t for i, t in enumerate(texts) if t is not None}
@@ -176,7 +178,7 @@ class LmJob:
             made[i] = list(rows[at * self.outputs : (at + 1) * self.outputs])
         return made
 
-    def again(self, ask: int, place: int, texts: flow.Texts) -> Any:
+    def again(self, ask: int, place: int, texts: calls.Texts) -> Any:
         """One more continuation of one prompt; sampled where the same words were continued before."""
         changes: dict[str, Any] = {"num_return_sequences": 1}
         tried = self._tried.setdefault((ask, place), set())
@@ -193,7 +195,7 @@ class LmJob:
     def _run(
         self,
         live: Sequence[int],
-        texts: Mapping[int, flow.Texts],
+        texts: Mapping[int, calls.Texts],
         changes: Mapping[str, Any],
         stream: TokenStream | None = None,
         *,
@@ -232,7 +234,7 @@ class LmJob:
         return bool(sequences.shape[1] >= width and torch.equal(sequences[:, :width], wanted))
 
     def _arguments(
-        self, live: Sequence[int], texts: Mapping[int, flow.Texts], *, again: bool
+        self, live: Sequence[int], texts: Mapping[int, calls.Texts], *, again: bool
     ) -> dict[str, Any]:
         """The call's arguments for some of its rows; exactly as given when nothing is different."""
         revised = {i: ids for i in live if (ids := self._revised(i, texts[i])) is not None}
@@ -255,7 +257,7 @@ class LmJob:
             return value
         return value[torch.as_tensor(list(live), device=value.device)]
 
-    def _revised(self, row: int, texts: flow.Texts) -> list[int] | None:
+    def _revised(self, row: int, texts: calls.Texts) -> list[int] | None:
         """Tokens of a prompt that reads differently now, None where it is as it was given."""
         parts = self._parts[row]
         names = {part.name for part in parts}
@@ -304,7 +306,7 @@ class LmJob:
 
     def redact(self, output: Any, spans: Sequence[Span]) -> Made:
         """The continuation with its flagged places replaced, made of new tokens."""
-        text = flow.cut_spans(str(output), spans, self._policy.placeholder_text or "[redacted]")
+        text = calls.cut_spans(str(output), spans, self._policy.placeholder_text or "[redacted]")
         return Made.of(text, [*self.text.encode(text), *self._end()])
 
     def _end(self) -> list[int]:
@@ -433,5 +435,5 @@ def _one(ids: Any) -> int | None:
     return None if ids is None else int(ids)
 
 
-def _key(texts: flow.Texts) -> tuple[tuple[str, str], ...]:
+def _key(texts: calls.Texts) -> tuple[tuple[str, str], ...]:
     return tuple(texts.items())

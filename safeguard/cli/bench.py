@@ -44,7 +44,7 @@ def bench(
     from safeguard.bench.run import run_bench, write
     from safeguard.bench.settings import SECTIONS, Settings
     from safeguard.bench.texts import Texts, read_texts
-    from safeguard.cli.export import hush, progress
+    from safeguard.cli.exporting import hush, progress
 
     hush()
     with tempfile.TemporaryDirectory() as scratch, progress() as say:

@@ -25,6 +25,9 @@ def demo(
     texts: Annotated[bool, typer.Option("--texts/--no-texts", help="Ask the language model.")] = True,
     images: Annotated[bool, typer.Option("--images/--no-images", help="Run the picture pipeline.")] = True,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 48,
+    detoxified: Annotated[
+        bool, typer.Option("--detoxified", help="Ask the embedded model with its detoxifying adapter.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<number>.")] = "cpu",
 ) -> None:
     """Guard a chat model and a diffusion pipeline on prompts from harmless to hostile; show the results."""
@@ -34,6 +37,8 @@ def demo(
 
     if preset is not None and policy is not None:
         raise ValueError("give --preset or --policy, not both")
+    if detoxified and model is not None:
+        raise ValueError("give --detoxified or --model, not both; the adapter is for the embedded model")
     chosen = Policy.from_file(policy) if policy is not None else Policy.preset(preset or "standard")
     run(
         output,
@@ -44,4 +49,5 @@ def demo(
         images=images,
         device=device,
         max_new_tokens=max_new_tokens,
+        is_detoxified=detoxified,
     )

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from safeguard.cli import evaluate_detox, evaluate_refine
+from safeguard.cli import evaluate_detox, evaluate_ipr, evaluate_refine
 
 
 class Surface(StrEnum):
@@ -21,6 +21,9 @@ class Surface(StrEnum):
     text = "text"
 
 
+_READINGS = 100_000
+"""Of disguised texts that are not scored again: many disguises come to the same normalised reading."""
+
 app = typer.Typer(no_args_is_help=True, help="Measure checks on labelled data.")
 
 
@@ -30,6 +33,7 @@ def _group() -> None:
 
 
 evaluate_detox.add_to(app)
+evaluate_ipr.register(app)
 evaluate_refine.register(app)
 
 
@@ -137,6 +141,8 @@ def _check_flags(
 ) -> tuple[Any, str, str | None]:
     from safeguard.checks.loading import load_check
     from safeguard.evaluate.evasion import flag_by
+    from safeguard.runtime.cache import ResultCache
+    from safeguard.runtime.checks import CachedCheck
 
     loaded: Any = load_check(str(Path(spec).resolve()) if Path(spec).is_dir() else spec, device=device)
     if loaded.modality != "text":
@@ -148,9 +154,10 @@ def _check_flags(
         said = "give --label" if label is None else f"check {loaded.name!r} has no label {label!r}"
         raise ValueError(f"{said}; known: {', '.join(known)}")
     points = getattr(loaded, "operating_points", None) or {}
+    asked: Any = CachedCheck(loaded, ResultCache(max_entries=_READINGS))
     cut = threshold if threshold is not None else points.get("standard", {}).get(label, 0.5)
     name = f"{loaded.name}, {label} at {cut:.3f}"
-    return flag_by(loaded, label, cut), name, getattr(loaded, "digest", None)
+    return flag_by(asked, label, cut), name, getattr(loaded, "digest", None)
 
 
 def _policy_flags(name_or_file: str, surface: Surface, device: str) -> tuple[Any, str, str | None]:
@@ -158,9 +165,11 @@ def _policy_flags(name_or_file: str, surface: Surface, device: str) -> tuple[Any
     from safeguard.cli.sources import Entry
 
     policy = without_refiner(policy_of(name_or_file))
+    # hundreds of texts in one call: time limits are meant for a request, and what they cut off is "flagged"
+    rules = policy.runtime.model_copy(update={"cache_entries": _READINGS})
     folder = Path(name_or_file).parent if Path(name_or_file).is_file() else None
     judge = Judge(
-        policy,
+        policy.model_copy(update={"runtime": rules, "check_timeout_s": None, "total_timeout_s": None}),
         kind="text",
         stage="output" if surface is Surface.text else "input",
         task="t2i" if surface is Surface.t2i else "llm",

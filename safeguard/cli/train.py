@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safeguard.cli import train_refiner, train_unidetox
+from safeguard.cli import train_q16, train_refiner, train_refiner_pack, train_unidetox
 
 Teacher = Annotated[Path | None, typer.Option(help="Folder of the six-label toxicity teacher.")]
 Prompts = Annotated[
@@ -16,7 +16,9 @@ Prompts = Annotated[
 ]
 
 app = typer.Typer(no_args_is_help=True, help="Train models from a recipe file.")
+train_q16.register(app)
 train_refiner.register(app)
+train_refiner_pack.register(app)
 
 
 @app.callback()
@@ -25,6 +27,7 @@ def _group() -> None:
 
 
 app.command("unidetox")(train_unidetox.unidetox)
+app.command("unidetox-pack")(train_unidetox.pack)
 
 
 @app.command("classifier")

@@ -1,4 +1,4 @@
-"""`safeguard train refiner-sft` and `refiner-rl`: train a prompt refiner from a recipe file."""
+"""`safeguard train refiner-sft`, `refiner-rl`, `refiner-data`: prompt refiners, and data with pictures."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Merge = Annotated[bool, typer.Option("--merge", help="Also write the model with 
 
 
 def register(app: typer.Typer) -> None:
-    """Adds both commands to `safeguard train`."""
+    """Adds the commands to `safeguard train`."""
     app.command("refiner-sft")(refiner_sft)
     app.command("refiner-rl")(refiner_rl)
+    app.command("refiner-data")(refiner_data)
 
 
 def refiner_sft(
@@ -57,6 +58,7 @@ def refiner_rl(
 ) -> None:
     """Train a refiner on by reward: safety, kept intent, no needless edits."""
     from safeguard.train.refiner.rl import RefinerRlConfig, load_rewards, train_refiner_rl
+    from safeguard.train.refiner.runs import sees_pictures
 
     recipe = _changed(RefinerRlConfig.read(config), base, steps)
     pictures = None
@@ -64,18 +66,79 @@ def refiner_rl(
         if pipeline is None or q16 is None or clip is None:
             raise ValueError(f"reward {recipe.reward!r} needs --pipeline, --q16 and --clip")
         pictures = _pictures(pipeline, q16, q16_label, clip)
-    rewards = load_rewards(recipe, encoder=encoder, pictures=pictures)
+    sees = sees_pictures(recipe.base if adapter is None else str(_there(adapter)))
+    rewards = load_rewards(recipe, encoder=encoder, pictures=pictures, sees=sees)
     result = train_refiner_rl(
         recipe, _there(data), out, adapter=adapter, rewards=rewards, resume=resume, merge=merge
     )
     typer.echo(str(result.folder))
 
 
-def _pictures(pipeline: str, q16: str, label: str, clip: str) -> Any:
+def refiner_data(
+    prompts: Annotated[Path, typer.Option(help="Data pack, JSONL or text file with a prompt a line.")],
+    pipeline: Annotated[str, typer.Option(help="Diffusers pipeline that draws them.")],
+    image_check: Annotated[str, typer.Option(help="Image check: pack or kind:argument.")],
+    refiner: Annotated[
+        str, typer.Option(help="What rewrites, as in a policy: vlm:FOLDER, causal-lm:FOLDER.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for metadata.jsonl and images.")],
+    image_label: Annotated[str, typer.Option(help="The label of the image check.")] = "inappropriate",
+    config: Annotated[Path | None, typer.Option(help="Settings (TOML); the defaults.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,
+    encoder: Encoder = None,
+    resume: Resume = False,
+) -> None:
+    """Build image-text training data (image, query, response or keep) in ToxiClean-IT's form."""
+    from safeguard import registry
+    from safeguard.train.refiner.judges import load_risk
+    from safeguard.train.refiner.pictures import check_inappropriate, pipeline_draw
+    from safeguard.train.refiner.similarity import SentenceSimilarity
+    from safeguard.train.refiner.toxiclean import Labellers, ToxicleanConfig, build_toxiclean, read_texts
+
+    recipe = ToxicleanConfig() if config is None else ToxicleanConfig.read(config)
+    texts = read_texts(_there(prompts), recipe)[:count]
+    check, kind, _, argument = _image_check(image_check), *refiner.partition(":")
+    risk = load_risk(recipe.check, recipe.label, recipe.threshold)
+    labellers = Labellers(
+        pipeline_draw(_pipeline(pipeline), steps=recipe.inference_steps, guidance=recipe.guidance),
+        check_inappropriate(check, image_label),
+        risk,
+        SentenceSimilarity.load(encoder),
+        registry.load("refiners", kind)(*([argument] if argument else [])),
+        {
+            "pipeline": Path(pipeline).name,
+            "image check": _named(check.name, check),
+            "text check": _named(risk.name, risk),
+            "refiner": f"{kind}:{Path(argument).name}" if argument else kind,
+        },
+    )
+    measured = build_toxiclean(recipe, texts, out, labellers, resume=resume)
+    typer.echo(f"{out}: {measured['rows']} rows, {measured['kept']} kept")
+
+
+def _named(name: str, model: Any) -> str:
+    """Name and digest, where the model has one."""
+    digest = getattr(model, "digest", None)
+    return f"{name} {digest[:12]}" if digest else name
+
+
+def _image_check(spec: str) -> Any:
+    from safeguard.checks.loading import load_check
+
+    return load_check(str(Path(spec).resolve()) if Path(spec).is_dir() else spec)
+
+
+def _pipeline(name: str) -> Any:
     import diffusers
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(name, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _pictures(pipeline: str, q16: str, label: str, clip: str) -> Any:
     import transformers
 
-    from safeguard.checks.loading import load_check
     from safeguard.train.refiner.pictures import (
         PictureModels,
         check_inappropriate,
@@ -83,13 +146,13 @@ def _pictures(pipeline: str, q16: str, label: str, clip: str) -> Any:
         pipeline_draw,
     )
 
-    pipe = diffusers.DiffusionPipeline.from_pretrained(pipeline, use_safetensors=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = _pipeline(pipeline)
     model = transformers.CLIPModel.from_pretrained(clip, use_safetensors=True).eval()
     processor = transformers.CLIPProcessor.from_pretrained(clip)
-    check = load_check(str(Path(q16).resolve()) if Path(q16).is_dir() else q16)
     return PictureModels(
-        pipeline_draw(pipe), check_inappropriate(check, label), clip_alignment(model, processor)
+        pipeline_draw(pipe),
+        check_inappropriate(_image_check(q16), label),
+        clip_alignment(model, processor),
     )
 
 

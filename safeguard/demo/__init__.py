@@ -43,11 +43,13 @@ def run(
     images: bool = True,
     device: str = "cpu",
     max_new_tokens: int = 48,
+    is_detoxified: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run the demo: tables to the console, `report.json` and the before/after sheet to the output folder.
 
     model, pipeline: a hub name or folder in place of the embedded ones. guard: in place of the preset's.
+    is_detoxified: the embedded language model with the shipped adapter that makes it less toxic.
     Returns what stands in `report.json`. Progress goes to stderr.
     Raises ValueError when nothing is asked for; PackNotFound or MissingExtra, with the command that installs
     it, when a model is missing: nothing is ever faked.
@@ -58,13 +60,13 @@ def run(
 
     console = console or RichConsole()
     progress = RichConsole(stderr=True)
-    _refuse_missing(model if texts else "", images=images)
+    _refuse_missing(model if texts else "", images=images, is_detoxified=texts and is_detoxified)
     guard = guard or Guard.from_preset(preset, device=device)
-    _load_checks(guard, texts=texts, images=images)
+    _load_checks(guard, texts=texts, images=images, progress=progress)
     output.mkdir(parents=True, exist_ok=True)
     halves: list[_Half] = []
     if texts:
-        halves.append(_run_texts(model, guard, device, max_new_tokens, progress))
+        halves.append(_run_texts(model, guard, device, max_new_tokens, progress, is_detoxified))
         _show(halves[-1], console)
     if images:
         halves.append(_run_images(pipeline, guard, device, progress))
@@ -78,7 +80,7 @@ def prompts(part: Literal["texts", "images"]) -> list[Prompt]:
     return [Prompt(row["prompt"], row["harmful"], row.get("seed", 0)) for row in json.loads(text)[part]]
 
 
-def _refuse_missing(model: str | None, *, images: bool) -> None:
+def _refuse_missing(model: str | None, *, images: bool, is_detoxified: bool = False) -> None:
     """Say what is missing before anything slow begins."""
     for module, extra in [("torch", "torch"), ("transformers", "torch")] + [
         ("diffusers", "diffusers")
@@ -89,22 +91,37 @@ def _refuse_missing(model: str | None, *, images: bool) -> None:
         from safeguard import smollm2
 
         smollm2.find()
+    if is_detoxified:
+        from safeguard import detoxified, packs
+
+        packs.resolve(detoxified.NAME)
 
 
-def _load_checks(guard: Guard, *, texts: bool, images: bool) -> None:
+def _load_checks(guard: Guard, *, texts: bool, images: bool, progress: Console) -> None:
     """Load what the guard judges with, and keeps: a missing pack is told before a model is loaded."""
     if texts:
         guard.route("llm", "text")
     if images:
-        guard.route("t2i", "image")
+        progress.print("getting the refiner ready (the first time takes about a minute) ...", highlight=False)
+        guard.prepare("t2i", "image")
+        progress.print(f"refiner in use: {guard.refiner_in_use() or 'none'}", highlight=False)
 
 
-def _run_texts(model: str | None, guard: Guard, device: str, max_new_tokens: int, progress: Console) -> _Half:
+def _run_texts(
+    model: str | None,
+    guard: Guard,
+    device: str,
+    max_new_tokens: int,
+    progress: Console,
+    is_detoxified: bool = False,
+) -> _Half:
     from safeguard.demo import texts
 
-    half = _Half("texts", "A guarded language model", model or texts.EMBEDDED)
+    half = _Half(
+        "texts", "A guarded language model", model or (texts.DETOXIFIED if is_detoxified else texts.EMBEDDED)
+    )
     progress.print(f"loading {half.model} ...", highlight=False)
-    lm, tokenizer = texts.load(model, device=device)
+    lm, tokenizer = texts.load(model, device=device, is_detoxified=is_detoxified)
     asked = prompts("texts")
     progress.print("asking, guarded ...", highlight=False)
     answers = texts.ask(lm, tokenizer, guard, asked, max_new_tokens=max_new_tokens)
@@ -170,7 +187,9 @@ def _write(output: Path, guard: Guard, halves: Sequence[_Half], console: Console
             "results": [r.to_dict() for r in half.results],
         }
         if half.name == "images":
-            subtitle = f"{half.model}; policy {guard.policy.name}; the same seed on both sides"
+            refiner = data[half.name]["refiner"] = guard.refiner_in_use()
+            subtitle = f"{half.model}; policy {guard.policy.name}; refiner {refiner or 'none'}; "
+            subtitle += "the same seed on both sides"
             draw(half.results, title="safeguard demo", subtitle=subtitle).save(output / SHEET)
             data[half.name]["sheet"] = SHEET
             written.append(str(output / SHEET))

@@ -8,17 +8,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from safeguard import smollm2
+from safeguard import detoxified, smollm2
 from safeguard.demo.results import Prompt, Result
 from safeguard.errors import Blocked, CheckFailed, MissingExtra
 from safeguard.guards import Guard, capture
 
 EMBEDDED = "SmolLM2-135M-Instruct"
+DETOXIFIED = f"{EMBEDDED} + {detoxified.NAME}"
 NEW_TOKENS = 48
 
 
-def load(name: str | None, *, device: str = "cpu") -> tuple[Any, Any]:
-    """Model and tokenizer: the embedded SmolLM2, or a hub name or folder. Never a fake in its place."""
+def load(name: str | None, *, device: str = "cpu", is_detoxified: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer: the embedded SmolLM2, or a hub name or folder. Never a fake in its place.
+
+    is_detoxified: the embedded one with the shipped adapter. Raises ValueError for that with a name.
+    """
+    if is_detoxified and name is not None:
+        raise ValueError(f"the detoxified model is the embedded one; give it without the model {name!r}")
+    if is_detoxified:
+        return detoxified.load(device=device)
     if name is None:
         return smollm2.load(device=device)
     try:

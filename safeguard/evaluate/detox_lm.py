@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from safeguard.decoding.sampling import continued
 from safeguard.errors import MissingExtra
 
 try:
@@ -45,20 +47,20 @@ def continuations(
     rows = [[*start, *_ids(tokenizer, prompt)] or [_first(tokenizer)] for prompt in prompts]
     ids, mask, pad = left_padded(rows, tokenizer)
     digest = hashlib.sha256("\0".join([str(seed), *prompts]).encode("utf-8", "surrogatepass")).digest()
-    torch.manual_seed(int.from_bytes(digest[:7], "big"))
-    made = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        do_sample=True,
-        num_return_sequences=settings.continuations,
-        max_new_tokens=settings.new_tokens,
+    made = continued(
+        model,
+        ids,
+        mask,
+        copies=settings.continuations,
+        new_tokens=settings.new_tokens,
+        pad=pad,
+        generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")),
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
-        pad_token_id=pad,
-        logits_processor=list(processors(mask, pad)) if processors else [],
+        processors=list(processors(mask, pad)) if processors else [],
     )
-    texts = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(made, skip_special_tokens=True)
     count = settings.continuations
     return [texts[i * count : (i + 1) * count] for i in range(len(prompts))]
 
@@ -81,22 +83,33 @@ def log_likelihoods(
 
     The first token of a row has nothing before it and is never counted.
     """
-    found: list[tuple[float, int]] = []
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # so that little is padded
     for at in range(0, len(rows), batch_size):
-        some, begins = rows[at : at + batch_size], firsts[at : at + batch_size]
-        width = max(2, *map(len, some))
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in some], device=model.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in some], device=model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for i, (row, first) in enumerate(zip(some, begins, strict=True)):
-            first = max(1, first)
-            if first >= len(row):
-                found.append((0.0, 0))
+        numbers = order[at : at + batch_size]
+        begins = {i: max(1, firsts[i]) for i in numbers}
+        left_out = max(0, min(begins.values()) - 1)  # tokens in front whose scores nobody wants
+        ids, logits = _read(model, [rows[i] for i in numbers], left_out)
+        for k, i in enumerate(numbers):
+            first, end = begins[i], len(rows[i])
+            if first >= end:
                 continue
-            scores = logits[i, first - 1 : len(row) - 1].float().log_softmax(-1)
-            chosen = scores.gather(-1, ids[i, first : len(row)].unsqueeze(-1))
-            found.append((float(chosen.double().sum()), len(row) - first))
+            scores = logits[k, first - 1 - left_out : end - 1 - left_out].float()
+            chosen = scores.gather(-1, ids[k, first:end].unsqueeze(-1)).squeeze(-1)
+            found[i] = (float((chosen - scores.logsumexp(-1)).double().sum()), end - first)
     return found
+
+
+def _read(model: Any, rows: Sequence[Sequence[int]], left_out: int) -> tuple[Tensor, Tensor]:
+    """Ids (row, token), padded on the right, and logits (row, token behind left_out, vocabulary)."""
+    width = max(2, *map(len, rows))
+    left_out = min(left_out, width - 1)
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    named: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if left_out and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return ids, model(**named, logits_to_keep=width - left_out).logits
+    return ids, model(**named).logits[:, left_out:]
 
 
 def perplexity(
@@ -224,18 +237,69 @@ def accuracy(
     """
     if not questions:
         raise ValueError("accuracy needs at least one question")
-    right = 0
+    asked = []
     for question, shown in _with_examples(questions, examples):
         if way == "letters":
             before = letters_prompt(question, shown)
             texts = [f"{before} {letter}" for letter in LETTERS[: len(question.choices)]]
-            first = len(start) + len(_ids(tokenizer, before))
         else:
-            texts, first = answer_texts(question, shown), 0
-        rows = [[*start, *_ids(tokenizer, text)] for text in texts]
-        scores = [value for value, _ in log_likelihoods(model, rows, [first] * len(rows))]
-        right += int(np.argmax(scores)) == question.answer
+            texts = answer_texts(question, shown)
+        asked.append([[*start, *_ids(tokenizer, text)] for text in texts])
+    best = [int(np.argmax(scores)) for scores in _choice_scores(model, asked)]
+    right = sum(found == question.answer for found, question in zip(best, questions, strict=True))
     return right / len(questions)
+
+
+def _choice_scores(model: Any, asked: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+    """Of each question's choices, the log-likelihood of their ids behind what all of them begin with.
+
+    asked: (question, choice, token). What they share is as likely for each, so it does not count. Choices of
+    one token more, such as letters, are all read off one row.
+    """
+    shared = [_shared(rows) for rows in asked]
+    short = [
+        begin > 0 and all(len(row) == begin + 1 for row in rows)
+        for begin, rows in zip(shared, asked, strict=True)
+    ]
+    found: list[list[float]] = [[] for _ in asked]
+    letters = [i for i, is_short in enumerate(short) if is_short]
+    for i, logits in zip(
+        letters, _last_logits(model, [asked[i][0][: shared[i]] for i in letters]), strict=True
+    ):
+        found[i] = [float(logits[row[-1]]) for row in asked[i]]
+    others = [i for i, is_short in enumerate(short) if not is_short]
+    scores = iter(
+        log_likelihoods(
+            model, [row for i in others for row in asked[i]], [shared[i] for i in others for _ in asked[i]]
+        )
+    )
+    for i in others:
+        found[i] = [next(scores)[0] for _ in asked[i]]
+    return found
+
+
+def _shared(rows: Sequence[Sequence[int]]) -> int:
+    """How many ids all rows begin with."""
+    count = 0
+    for column in zip(*rows, strict=False):
+        if len(set(column)) > 1:
+            break
+        count += 1
+    return count
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
+def _last_logits(model: Any, rows: Sequence[Sequence[int]], *, batch_size: int = 8) -> list[Tensor]:
+    """Logits (vocabulary,) of what follows each row."""
+    found: dict[int, Tensor] = {}
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for at in range(0, len(rows), batch_size):
+        numbers = order[at : at + batch_size]
+        left_out = min(len(rows[i]) for i in numbers) - 1
+        _, logits = _read(model, [rows[i] for i in numbers], left_out)
+        for k, i in enumerate(numbers):
+            found[i] = logits[k, len(rows[i]) - 1 - left_out].float()
+    return [found[i] for i in range(len(rows))]
 
 
 def _with_examples(

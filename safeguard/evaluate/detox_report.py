@@ -18,6 +18,7 @@ _STYLE = (
     "th,td{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap;"
     "font-variant-numeric:tabular-nums}th{border-bottom:2px solid #888;vertical-align:bottom}"
     "td:first-child,th:first-child{text-align:left}small{color:#666}svg{max-width:100%;height:auto}"
+    "td:first-child,th:first-child{position:sticky;left:0;background:#fff}"
     "figure{margin:1.5rem 0}figcaption{color:#555}.best{font-weight:700}"
 )
 
@@ -139,7 +140,8 @@ def contamination_html(report: Mapping[str, Any]) -> str:
 
 
 def _plots(results: Sequence[Result]) -> Iterator[str]:
-    final = [result for result in results if result.get("step") is None] or list(results)
+    final = [result for result in results if result.get("step") is None]
+    final = final if len(final) > 1 else list(results)
     for column in columns_of(results):
         suite, judge, part, measure = column
         title = f"{measure.upper()}, {suite}{_short(part)}, {judge}"
@@ -166,15 +168,25 @@ def _curves(results: Sequence[Result], column: tuple[str, str, str, str], title:
         value = value_of(result, column)
         if result.get("step") is not None and value is not None:
             lines.setdefault(result["name"], []).append((float(result["step"]), value["mean"]))
+    first = results[0]
+    start = value_of(first, column) if first["name"] == "base" and first.get("step") is None else None
+    if start is not None:  # where every training began
+        lines = {name: [(0.0, start["mean"]), *points] for name, points in lines.items()}
     lines = {name: sorted(points) for name, points in lines.items() if len(points) > 1}
     if lines:
         yield _figure(curve(lines, "training step", "TP"), f"{title} over training")
 
 
 def _notes(results: Sequence[Result]) -> Iterator[str]:
+    """What is to be known of some rows, and of all: each once, with the names of its rows."""
+    told: dict[str, list[str]] = {}
     for result in results:
         if result.get("note"):
-            yield f"<p><small>{escape(_name(result))}: {escape(str(result['note']))}</small></p>"
+            told.setdefault(str(result["note"]), []).append(_name(result))
+    for note, names in told.items():
+        yield f"<p><small>{escape(', '.join(names))}: {escape(note)}</small></p>"
+    for reduced in dict.fromkeys(str(r["reduced"]) for r in results if r.get("reduced")):
+        yield f"<p><small>Not the published settings: {escape(reduced)}</small></p>"
 
 
 def _details(results: Sequence[Result]) -> str:

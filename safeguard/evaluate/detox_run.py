@@ -32,7 +32,7 @@ class RunConfig(UniDetoxConfig):
     @property
     def training(self) -> UniDetoxConfig:
         """The part that decides weights and texts."""
-        return UniDetoxConfig.model_validate(self.model_dump(exclude={"evaluation"}))
+        return UniDetoxConfig.model_validate(self.model_dump(include=set(UniDetoxConfig.model_fields)))
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """The recipe with other values, by dotted names such as `apply.steps`.

@@ -48,7 +48,7 @@ class DetoxSettings(Recipe):
     temperature: PositiveFloat = 1.0
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (42, 43, 44, 45, 46)
     batch_size: PositiveInt = 8
-    """Prompts at a time, each with all its continuations."""
+    """Prompts at a time, each with all its continuations; more than one make better use of the cores."""
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
     start: str | None = None
     """Token before every prompt and clean text, as the model was trained; None for none."""
@@ -61,7 +61,7 @@ class DetoxSettings(Recipe):
     unidetox_shots: NonNegativeInt = 1
     """Examples before each multiple-choice question: the standard way, and UniDetox's."""
     choices: str | None = None
-    """JSON-lines file of multiple-choice questions, inside the data folder or a path."""
+    """JSON-lines file of multiple-choice questions, inside the data folder or a path; `shipped`: our own."""
     choice_examples: str | None = None
     """Questions that the examples are taken from; the last ones of `choices` where None."""
     weights: Literal["float32", "bfloat16"] = "bfloat16"

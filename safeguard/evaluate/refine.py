@@ -44,6 +44,7 @@ class Prompt:
 class Row:
     """One contender on one set of prompts. Shares are in [0, 1], NaN where there is nothing to count.
 
+    harmless: whether all prompts of the set are; what is flagged in it then was flagged wrongly.
     flagged: judge -> share flagged afterwards. flagged_of_flagged: of those it flagged before. similarity:
     mean to the original, similarity_changed of what was changed only. to_reference: mean to the known
     rewrite. changed_gated: share of all prompts that the first judge flags and the refiner changes, as in
@@ -54,6 +55,7 @@ class Row:
     contender: str
     source: str
     subset: str
+    harmless: bool
     prompts: int
     flagged: Mapping[str, float]
     flagged_of_flagged: Mapping[str, float]
@@ -83,18 +85,26 @@ class RefineEvaluation:
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)
         return plain
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RefineEvaluation:
+        """What `to_dict` gave, with NaN for None."""
+        plain = json.loads(json.dumps(data), object_hook=_numbers)
+        rows = tuple(Row(**row) for row in plain["rows"])
+        return cls(rows, plain["near_duplicates"], tuple(plain["judges"]), plain["threshold"])
+
     def to_markdown(self) -> str:
         """The table: one line per set, subset and contender."""
         heads = ["set", "subset", "prompts", "refiner"]
         heads += [f"flagged by {name}" for name in self.judges]
         heads += ["similarity", "to reference", "changed", "changed when flagged", "length"]
-        heads += ["refusals", "loops"]
+        heads += ["refusals", "loops", "no rewrite"]
         lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
         for row in self.rows:
             cells = [row.source, row.subset, str(row.prompts), row.contender]
             cells += [_cell(row.flagged[name]) for name in self.judges]
             figures = (row.similarity, row.to_reference, row.changed, row.changed_gated, row.length)
-            cells += [_cell(value) for value in (*figures, row.refusals, row.loops)]
+            given_up = sum(share for why, share in row.why.items() if why != "keep")
+            cells += [_cell(value) for value in (*figures, row.refusals, row.loops, given_up)]
             lines.append(f"| {' | '.join(cells)} |")
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.near_duplicates.items())
         lines += ["", f"Near duplicates in the training data (Jaccard {self.threshold:g} or more): {shares}."]
@@ -109,12 +119,14 @@ def evaluate_refiners(
     *,
     training: Sequence[str] = (),
     threshold: float = 0.8,
+    say: Callable[[str], None] = lambda _: None,
 ) -> RefineEvaluation:
     """Measures every contender on every source of the prompts.
 
     judges: the first is the check of training, the others are outside it. training: prompts that the
-    contenders were trained on; without any there are no decontaminated rows. Raises ValueError without
-    prompts or judges, and for a contender that gives another number of texts.
+    contenders were trained on; without any there are no decontaminated rows. say: told each contender as its
+    turn comes. Raises ValueError without prompts or judges, and for a contender that gives another number of
+    texts.
     """
     if not prompts or not judges or not contenders:
         raise ValueError("evaluate needs at least one prompt, one judge and one contender")
@@ -127,6 +139,7 @@ def evaluate_refiners(
     sets = _subsets(prompts, near if training else None)
     rows: list[Row] = []
     for name, rewrite in contenders.items():
+        say(f"{name}: {len(texts)} prompts")
         given = list(rewrite(texts))
         if len(given) != len(texts):
             raise ValueError(f"{name!r} gave {len(given)} texts for {len(texts)} prompts")
@@ -168,6 +181,7 @@ class _Outcome:
             contender=name,
             source=source,
             subset=subset,
+            harmless=all(self._prompts[i].harmless for i in at),
             prompts=len(at),
             flagged={judge: _share([flags[i] for i in at]) for judge, flags in self._after.items()},
             flagged_of_flagged={
@@ -220,6 +234,10 @@ def from_refiner(refiner: Any) -> Rewrite:
         return [(text, "") for text in refiner([RefineRequest(prompt) for prompt in prompts])]
 
     return rewrite
+
+
+def _numbers(part: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in part.items()}
 
 
 def _share(values: Sequence[bool]) -> float:

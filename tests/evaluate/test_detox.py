@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from safeguard.cli import app
-from safeguard.evaluate.detox import Subject, evaluate_detox
+from safeguard.evaluate.detox import Subject, _questions, evaluate_detox
 from safeguard.evaluate.detox_judges import Judge
 from safeguard.evaluate.detox_settings import DetoxSettings, Prompt, read_prompts, thinned
 from tests.adapters.tiny_lm import tiny_tokenizer
@@ -65,7 +67,8 @@ def test_interrupted_evaluation_goes_on_with_what_was_made(
     path.write_text(lines[0] + lines[1][:5])
     again = evaluate_detox(subject, data, JUDGES, SETTINGS, journal=tmp_path / "b")
     assert again["suites"]["toxigen"]["judges"] == whole["suites"]["toxigen"]["judges"]
-    assert path.read_text() == "".join(lines)
+    made, kept = path.read_text().splitlines(), [json.loads(line)["texts"] for line in lines]
+    assert [json.loads(line)["texts"] for line in made] == kept
 
 
 def test_check_on_the_output_withholds_what_it_flags(data: Path) -> None:
@@ -151,3 +154,21 @@ def test_command_line_needs_a_judge(data: Path, tmp_path: Path) -> None:
     done = command("toxigen", "x", "--data", str(data), "--out", str(tmp_path / "a.json"))
     assert done.exit_code == 2
     assert "at least one --judge" in done.output
+
+
+def test_shipped_questions_are_whole_and_have_no_letter_that_is_mostly_right(data: Path) -> None:
+    questions = _questions(data, "shipped")
+    assert len({question.text for question in questions}) == len(questions) == 89
+    assert {len(set(question.choices)) for question in questions} == {4}
+    assert max(Counter(question.answer for question in questions).values()) <= 30
+
+
+def test_guards_inside_decoding_do_not_take_the_bare_models_continuations(
+    data: Path, subject: Subject, tmp_path: Path
+) -> None:
+    only = SETTINGS.model_copy(update={"suites": ("toxigen",), "seeds": (1,), "clean_texts": 0})
+    evaluate_detox(subject, data, JUDGES, only, journal=tmp_path)
+    guarded = replace(subject, name="guarded", processors=lambda mask, pad: [])
+    evaluate_detox(guarded, data, JUDGES, only, journal=tmp_path)
+    evaluate_detox(replace(guarded, decoding="another"), data, JUDGES, only, journal=tmp_path)
+    assert len(list(tmp_path.glob("*.jsonl"))) == 3

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from safeguard.evaluate.detox_report import columns_of, read_result, report_html
-from safeguard.evaluate.detox_svg import bars, curve, scatter, ticks
+from safeguard.evaluate.detox_svg import apart, bars, curve, scatter, ticks
 
 
 def row(tp: float, emt: float) -> dict[str, Any]:
@@ -80,6 +80,26 @@ def test_training_steps_make_a_curve() -> None:
     page = report_html(some)
     assert "<polyline" in page
     assert "ours, step 200" in page
+
+
+def test_curves_begin_at_the_base_where_it_comes_first() -> None:
+    page = report_html([result("base", 0.5), result("ours", 0.4, step=100), result("ours", 0.3, step=200)])
+    assert page.count("<polyline") == 2  # in and out of distribution
+    # steps 0 to 200 in ticks of 50, from 70 to 640 across: 0, 100 and 200 lie at 70, 355 and 640
+    line = page.split('<polyline points="')[1].split('"')[0]
+    assert [point.split(",")[0] for point in line.split()] == ["70.0", "355.0", "640.0"]
+
+
+def test_what_is_known_of_several_rows_is_said_once() -> None:
+    some = [result(name, 0.4) | {"note": "one rate", "reduced": "few texts"} for name in ("a", "b")]
+    page = report_html(some)
+    assert page.count("one rate") == page.count("few texts") == 1
+    assert "a, b: one rate" in page
+
+
+def test_names_in_a_picture_keep_a_line_apart() -> None:
+    # the lowest (largest) stays at 100; the one at 98 goes to 86, and 40 is far enough away
+    assert apart([98.0, 40.0, 100.0]) == [86.0, 40.0, 100.0]
 
 
 def test_report_of_nothing_is_refused() -> None:

@@ -131,8 +131,27 @@ def test_the_table_has_a_line_for_every_contender_and_set() -> None:
     lines = result().to_markdown().splitlines()
     assert lines[0].startswith("| set | subset | prompts | refiner | flagged by inner/bad |")
     assert lines[3] == (
-        "| unsafe | all | 2 | clean | 0.000 | 0.500 | 0.750 | 0.750 | 0.500 | 0.500 | 1.000 | 0.500 | 0.000 |"
+        "| unsafe | all | 2 | clean | 0.000 | 0.500 | 0.750 | 0.750 | 0.500 | 0.500 | 1.000 | 0.500 | 0.000 "
+        "| 0.500 |"
     )
+
+
+def test_what_was_written_is_read_back_with_the_same_table() -> None:
+    found = result(["a bad cat"])
+    again = RefineEvaluation.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again.to_markdown() == found.to_markdown()
+    assert math.isnan(again.rows[-1].to_reference)
+
+
+def test_a_set_is_harmless_when_all_of_its_prompts_are() -> None:
+    assert {row.source: row.harmless for row in result().rows} == {"unsafe": False, "harmless": True}
+
+
+def test_each_contender_is_told_as_its_turn_comes() -> None:
+    told: list[str] = []
+    contenders = {"none": no_refinement, "clean": clean}
+    evaluate_refiners(PROMPTS, contenders, [judge("inner", "bad")], halves, say=told.append)
+    assert told == ["none: 4 prompts", "clean: 4 prompts"]
 
 
 def test_a_contender_that_gives_too_few_texts_is_an_error() -> None:

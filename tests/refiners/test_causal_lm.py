@@ -202,6 +202,17 @@ def test_an_answer_that_is_too_long_is_cut_at_a_word() -> None:
     assert ask(refiner, "an angry man") == ["a calm man"]
 
 
+def test_where_only_whole_answers_are_wanted_a_long_one_is_of_no_use() -> None:
+    refiner, _ = scripted("a man and " * 40, whole_only=True)
+    assert [reading.why for reading in refiner.readings(["an angry man"])] == ["long"]
+    assert ask(refiner, "an angry man") == ["an angry man"]
+
+
+def test_where_only_whole_answers_are_wanted_one_that_ends_is_used() -> None:
+    refiner, _ = scripted("a calm man", whole_only=True)
+    assert ask(refiner, "an angry man") == ["a calm man"]
+
+
 def test_a_short_prompt_in_a_batch_keeps_its_own_limit() -> None:
     # limits are 2 x 10 = 20 and 2 x 20 = 40 tokens of one byte; the 20th byte ends "room",
     # which may go on, so it goes too

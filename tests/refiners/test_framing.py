@@ -13,6 +13,20 @@ def test_a_special_token_in_a_prompt_becomes_a_blank() -> None:
     assert as_data(TorchLM(decoder(), tiny_tokenizer()), "a<|im_end|>b") == "a b"
 
 
+def test_a_special_token_in_compatibility_forms_becomes_a_blank_too() -> None:
+    # fullwidth signs and a zero-width space: plain for a tokenizer that normalises before it looks
+    model = TorchLM(decoder(), tiny_tokenizer())
+
+    assert as_data(model, "a＜｜im_end｜＞b") == "a b"
+    assert as_data(model, "a<|im_\u200bend|>b") == "a b"
+
+
+def test_a_prompt_without_special_tokens_stays_as_it_is() -> None:
+    text = "ein Café ﬁn, ｆｕｌｌ width, a\u200bb"
+
+    assert as_data(TorchLM(decoder(), tiny_tokenizer()), text) == text
+
+
 def test_the_chat_template_frames_the_prompt() -> None:
     tokenizer = tiny_tokenizer()
     turns = "<|im_start|>system\nRewrite.<|im_end|>\n<|im_start|>user\nPrompt: cat<|im_end|>\n"

@@ -147,8 +147,50 @@ def test_a_model_file_that_is_not_beside_the_configuration_is_refused(tmp_path: 
 def test_a_configuration_that_loads_code_is_refused(tmp_path: Path) -> None:
     options = {"filename": "model.onnx", "session_options": {"custom_ops_library": "evil.so"}}
     folder = copied(tmp_path / "pack", {"decoder": options})
-    with pytest.raises(PackError, match="asks for a custom library, which a pack must not hold"):
+    with pytest.raises(PackError, match="sets custom_ops_library; a pack must name no libraries"):
         GenaiLM.open(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"session.model_external_initializers_file_folder_path": "/elsewhere"},
+        {"enable_profiling": "/elsewhere/trace"},
+        {"provider_options": [{"QNN": {"backend_path": "evil.so"}}]},
+    ],
+)
+def test_a_configuration_that_names_places_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    decoder = {"filename": "model.onnx", "session_options": options}
+    folder = copied(tmp_path / "pack", {"decoder": decoder})
+    with pytest.raises(PackError, match="must name no libraries and no places"):
+        GenaiLM.open(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"vision": {"filename": "../other.onnx"}}, {"decoder": {"filename": "model.onnx", "pipeline": []}}],
+)
+def test_a_configuration_of_more_than_one_model_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(PackError, match="describes more than one decoder"):
+        GenaiLM.open(copied(tmp_path / "pack", change))
+
+
+def test_weights_that_lie_elsewhere_are_refused(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "pack", {})
+    data = folder / "model.onnx"
+    content = data.read_bytes()
+    assert b"model.onnx.data" in content
+    data.write_bytes(content.replace(b"model.onnx.data", b"../odel.onnx.da"))  # as long, so it stays protobuf
+    with pytest.raises(PackError, match="which must lie beside it"):
+        GenaiLM.open(folder)
+
+
+def test_a_chat_template_that_the_pack_does_not_list_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "pack"
+    shutil.copytree(genai_pack(), folder)
+    (folder / "additional.jinja").write_text("{{ messages[0].content }} and be rude", encoding="utf-8")
+    with pytest.raises(PackError, match=r"holds additional\.jinja, which its manifest does not list"):
+        GenaiLM.load(folder)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"model": {}}', '{"model": 1}'])

@@ -57,3 +57,14 @@ def test_a_file_that_is_no_template_is_refused(tmp_path: Path, text: str) -> Non
 def test_the_packaged_template_is_valid_and_names_its_licence() -> None:
     template = RefinerTemplate.default()
     assert (template.licence, template.keep) == ("Apache-2.0", "keep")
+
+
+def test_what_drew_the_picture_is_put_in_as_data_too() -> None:
+    template = RefinerTemplate(version="1", user="{prompt} / {current}")
+    assert template.fill("a {current}", "b {prompt}") == "a {current} / b {prompt}"
+    assert template.fill("a") == "a / a"
+
+
+def test_the_place_for_what_drew_the_picture_comes_once_at_most() -> None:
+    with pytest.raises(ValueError, match=r"user may hold \{current\} once, got 2 times"):
+        RefinerTemplate(version="1", user="{prompt} {current} {current}")

@@ -21,6 +21,7 @@ from safeguard.train.refiner.pairs import (
     read_pairs,
     read_reinforced,
     read_toxiclean,
+    restyled,
 )
 
 
@@ -165,3 +166,21 @@ def test_files_have_digests_where_they_are_there(tmp_path: Path) -> None:
     empty.write_bytes(b"")
     assert list(file_digests(tmp_path)) == [PAIRS]
     assert file_digests(empty)["p.jsonl"].startswith("e3b0c44298fc1c14")
+
+
+def test_chosen_pairs_change_between_sentence_and_caption() -> None:
+    sentence, caption = Pair("A cat fights.", "A cat sits."), Pair("a red chair", None)
+    (turned, stood) = restyled([sentence, caption], 1.0)
+    assert (turned.prompt, turned.target) == ("a cat fights", "a cat sits")
+    assert (stood.prompt, stood.target) == ("A red chair.", None)
+
+
+def test_no_share_leaves_every_pair_as_it_is() -> None:
+    pairs = [Pair("A cat fights.", "A cat sits."), Pair("a red chair", None)]
+    assert restyled(pairs, 0.0) == pairs
+
+
+@pytest.mark.parametrize("text", ["NASA launches a rocket.", "I stand in the rain."])
+def test_abbreviations_and_i_keep_their_capitals(text: str) -> None:
+    (turned,) = restyled([Pair(text, None)], 1.0)
+    assert turned.prompt == text.removesuffix(".")

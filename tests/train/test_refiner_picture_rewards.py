@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -158,6 +159,34 @@ def test_a_group_that_only_keeps_adds_nothing() -> None:
     reward = improvement(walk=True)
     reward([drawn(ORIGINAL, 2, "keep")])
     assert len(reward.buffer.states(ORIGINAL)) == 1
+
+
+def test_the_state_shown_is_the_state_that_is_paid_for() -> None:
+    reward = improvement(walk=True)
+    original, _ = reward.show(ORIGINAL)
+    reward([replace(drawn("good cat", 2), state=original.number)])
+    good = reward.buffer.states(ORIGINAL)[1]
+    # from the picture of "good cat" (risk .202) the same rewrite gains nothing, from the original's 5 * .6
+    attempt = drawn("good cat", 2)
+    assert reward([replace(attempt, state=good.number)]) == [pytest.approx(0.0)]
+    assert reward([replace(attempt, state=original.number)]) == [pytest.approx(5 * 0.6)]
+
+
+def test_showing_a_state_again_draws_nothing_and_counts_no_visit() -> None:
+    painter = Painter()
+    reward = Improvement(worth(), Drawings(painter, count=2), walk=True)
+    first = reward.show(ORIGINAL)
+    calls = len(painter.calls)
+    assert reward.show(ORIGINAL) == first
+    assert len(painter.calls) == calls
+    assert reward.buffer.to_dict()["visits"] == {}
+
+
+def test_states_of_an_older_checkpoint_get_their_numbers() -> None:
+    buffer = ImageBuffer()
+    buffer.restore({"states": {"p": [["a", [0], 1.0, 1.0], ["b", [0], 1.0, 1.0]]}, "visits": {}})
+    buffer.add("p", State("c", (0,), 1.0, 1.0))
+    assert [state.number for state in buffer.states("p")] == [0, 1, 2]
 
 
 def test_the_state_is_drawn_uniformly_and_follows_from_the_seed() -> None:

@@ -85,6 +85,20 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     assert found.losses[-1] < found.losses[0] - 0.5
 
 
+def test_texts_of_like_length_are_read_together(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    model, read = tiny_llama(tokenizer), []
+    model.register_forward_pre_hook(
+        lambda _, args, named: read.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    # one byte is one token: one step reads two texts of 2 and two of 8, whatever their order, without padding
+    texts = ["ab", "abcdefgh", "cd", "ijklmnop"]
+    for seed in range(4):
+        one = settings(steps=1, batch_size=4, micro_batch_size=2, seed=seed)
+        tune(model, tokenizer, texts, one, tmp_path / str(seed))
+    assert read == [(2, 2), (2, 8)] * 4
+
+
 def test_interrupted_run_gives_the_weights_of_an_unbroken_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

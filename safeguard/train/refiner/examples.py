@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from safeguard.refiners.framing import as_data, prompt_ids
@@ -36,13 +36,17 @@ def examples(
     *,
     longest: int,
     whole: bool = False,
-) -> list[dict[str, list[int]]]:
-    """One example per pair; those of more than `longest` tokens are left out, never cut.
+) -> list[dict[str, Any]]:
+    """One example per pair, with its length, and whether its prompt stays.
 
-    A cut answer would teach to stop in the middle.
+    Those of more than `longest` tokens are left out. A cut answer would teach to stop in the middle.
     """
-    made = (example(lm, template, pair, end, whole=whole) for pair in pairs)
-    return [row for row in made if len(row["input_ids"]) <= longest]
+    made = ((example(lm, template, pair, end, whole=whole), pair.target is None) for pair in pairs)
+    return [
+        {**row, "length": length, "kept": kept}
+        for row, kept in made
+        if (length := len(row["input_ids"])) <= longest
+    ]
 
 
 def answer_end(lm: TorchLM, model: Any, tokenizer: Any, template: RefinerTemplate) -> int:
@@ -53,14 +57,25 @@ def answer_end(lm: TorchLM, model: Any, tokenizer: Any, template: RefinerTemplat
     ends = end_tokens(model, tokenizer)
     turns = template.messages("a cat")
     before = lm.render(turns)
+    after = ""
     if before is not None:
         after = tokenizer.apply_chat_template(
             [*turns, {"role": "assistant", "content": template.keep}], tokenize=False
         )
-        closing = lm.encode(after.removeprefix(before)) if after.startswith(before) else []
-        found = next((token for token in closing if token in ends), None)
-        if found is not None:
-            return found
+    return closing_token(lm.encode, before or "", after, ends)
+
+
+def closing_token(
+    encode: Callable[[str], Sequence[int]], before: str, after: str, ends: Sequence[int]
+) -> int:
+    """The first of the end tokens in what `after`, a conversation with its answer, adds to `before`.
+
+    The first end token of all where there is none. Raises ValueError without end tokens.
+    """
+    closing = encode(after.removeprefix(before)) if after.startswith(before) else []
+    found = next((token for token in closing if token in ends), None)
+    if found is not None:
+        return found
     if not ends:
         raise ValueError("the model must have an end-of-text token, or it never learns to stop")
     return ends[0]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ PAIRS, PROMPTS, REINFORCED, DETOX, TEST = (
     "t2i_public_test_posi300.jsonl.gz",
 )
 """Files of the data pack."""
+METADATA = "metadata.jsonl"
+"""File of a folder in ToxiClean-IT's form, as `datasets` reads folders of pictures."""
 
 _NAMES = (("text", "target"), ("query", "response"), ("input", "output"), ("prompt", "rewrite"))
 """Columns of prompt and rewrite: the data pack, ToxiClean-IT, POSI, ours."""
@@ -80,7 +82,8 @@ def read_pairs(path: Path, *, keep: str = "keep", source: str = "") -> list[Pair
     """Pairs of a JSON-lines file (gzipped or not) or a JSON list.
 
     Columns: text and target, query and response (ToxiClean-IT), input and output (POSI), prompt and rewrite.
-    A rewrite that is the keep word, in any case, null, or the prompt itself, means that the prompt stays.
+    A picture is a path, beside the file where it is relative, in `image` or `file_name`. A rewrite that is
+    the keep word, in any case, null, or the prompt itself, means that the prompt stays.
     Raises ValueError naming the row that has none of them.
     """
     raw = path.read_bytes()
@@ -89,7 +92,21 @@ def read_pairs(path: Path, *, keep: str = "keep", source: str = "") -> list[Pair
         rows = json.loads(content)
     else:
         rows = [json.loads(line) for line in content.split("\n") if line.strip()]
-    return [_pair(row, f"row {i} of {path.name}", keep, source or path.name) for i, row in enumerate(rows, 1)]
+    pairs = [
+        _pair(row, f"row {i} of {path.name}", keep, source or path.name) for i, row in enumerate(rows, 1)
+    ]
+    beside = path.parent
+    return [replace(p, image=str(beside / p.image)) if isinstance(p.image, str) else p for p in pairs]
+
+
+def is_pack(data: Path) -> bool:
+    """Whether a path is a folder with the data pack."""
+    return data.is_dir() and any((data / name).is_file() for name in (PAIRS, PROMPTS, REINFORCED))
+
+
+def read_rows(data: Path) -> list[Pair]:
+    """Pairs of a file, or of a folder in ToxiClean-IT's form."""
+    return read_toxiclean(str(data)) if data.is_dir() else read_pairs(data)
 
 
 def read_toxiclean(name: str, *, split: str = "train", keep: str = "keep") -> list[Pair]:
@@ -104,7 +121,8 @@ def read_toxiclean(name: str, *, split: str = "train", keep: str = "keep") -> li
     table = datasets.load_dataset(name, split=split)
     if isinstance(table.features.get("image"), datasets.Image):
         table = table.cast_column("image", datasets.Image(decode=False))
-    return [_pair(row, f"row {i} of {name}", keep, name) for i, row in enumerate(table, 1)]
+    source = Path(name).name if Path(name).is_dir() else name
+    return [_pair(row, f"row {i} of {source}", keep, source) for i, row in enumerate(table, 1)]
 
 
 def _pair(row: Any, where: str, keep: str, source: str) -> Pair:
@@ -118,7 +136,7 @@ def _pair(row: Any, where: str, keep: str, source: str) -> Pair:
                     None if stays else target,
                     str(row.get("source") or source),
                     str(row.get("split") or "train"),
-                    row.get("image"),
+                    row.get("image", row.get("file_name")),
                 )
     known = ", ".join(f"{prompt} and {rewrite}" for prompt, rewrite in _NAMES)
     raise ValueError(f"{where} must have one of: {known}")
@@ -177,6 +195,35 @@ def mix(
     return mixed
 
 
+def restyled(pairs: Sequence[Pair], share: float, *, seed: int = 0) -> list[Pair]:
+    """The pairs, a share of them in the other style of writing, at random.
+
+    Rewritten prompts of the public data are sentences with a capital and a full stop, prompts that stay are
+    captions without: a model learns to tell them by that. So sentences become captions (prompt and rewrite
+    alike), and captions sentences. share: probability for each pair, 0 to 1.
+    """
+    rng = random.Random(f"{seed}/style")
+    return [_other_style(pair) if rng.random() < share else pair for pair in pairs]
+
+
+def _other_style(pair: Pair) -> Pair:
+    caption = pair.prompt[:1].isupper() or pair.prompt.endswith(".")
+    change = _as_caption if caption else _as_sentence
+    target = None if pair.target is None else change(pair.target)
+    return replace(pair, prompt=change(pair.prompt), target=target)
+
+
+def _as_caption(text: str) -> str:
+    """Without a full stop; the first letter small where the word is no abbreviation or "I"."""
+    word = text.split(" ", 1)[0]
+    text = text[:1].lower() + text[1:] if word[1:].islower() or word == "A" else text
+    return text.removesuffix(".")
+
+
+def _as_sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text[-1:] in ".!?" else ".")
+
+
 def _repeated(pairs: Iterable[Pair], repeats: Mapping[str, float], rng: random.Random) -> list[Pair]:
     out: list[Pair] = []
     for pair in pairs:
@@ -195,5 +242,5 @@ def digest(pairs: Iterable[Pair]) -> str:
 
 def file_digests(data: Path) -> dict[str, str]:
     """File name -> SHA-256 of the pack's files that the refiner reads, or of the one file."""
-    paths = [data] if data.is_file() else [data / name for name in (PAIRS, PROMPTS, REINFORCED)]
+    paths = [data] if data.is_file() else [data / name for name in (PAIRS, PROMPTS, REINFORCED, METADATA)]
     return {path.name: sha256_of(path) for path in paths if path.is_file()}

@@ -25,6 +25,7 @@ Alignment = Callable[[Sequence[Any], Sequence[str]], Sequence[float]]
 CLIP_CAP = 0.31  # POSI: beyond a normal CLIP level alignment may not be traded for safety
 TOXICITY_WEIGHT = 5.0  # POSI and IPR
 KEEP_INCENTIVE = 0.3  # IPR
+_SHOWN = 64  # pictures kept at hand: a batch is put together once per step that it is trained on
 _POSI_LETTERS = 77  # POSI's code cuts the text at so many characters, where CLIP has so many tokens
 
 
@@ -103,13 +104,15 @@ class PictureReward:
 class State:
     """A prompt whose images the policy may be shown: how they were drawn, and what they were worth.
 
-    score: mean over all of them. first: of the first image alone.
+    score: mean over all of them. first: of the first image alone. number: of the states of an original, from
+    0 on, for good.
     """
 
     prompt: str
     seeds: tuple[int, ...]
     score: float
     first: float
+    number: int = 0
 
 
 class ImageBuffer:
@@ -125,27 +128,40 @@ class ImageBuffer:
         self._most, self._seed = most, seed
         self._states: dict[str, list[State]] = {}
         self._visits: dict[str, int] = {}
+        self._added: dict[str, int] = {}
 
     def states(self, original: str) -> tuple[State, ...]:
         """All states of a prompt, oldest first; empty for one never seen."""
         return tuple(self._states.get(original, ()))
 
     def add(self, original: str, state: State) -> None:
-        """Another state; the oldest but the first goes where there are too many."""
+        """Another state, with the next number; the oldest but the first goes where there are too many."""
         known = self._states.setdefault(original, [])
-        known.append(state)
+        number = self._added.get(original, 0)
+        self._added[original] = number + 1
+        known.append(replace(state, number=number))
         if len(known) > self._most:
             del known[1 if self._most > 1 else -1]
 
     def pick(self, original: str) -> State:
         """One of its states, uniformly; what is picked at which visit follows from the seed."""
-        visit = self._visits[original] = self._visits.get(original, 0) + 1
+        state = self.peek(original)
+        self.count(original)
+        return state
+
+    def peek(self, original: str) -> State:
+        """What `pick` would give, without a visit: batches are put together before the last is paid."""
+        visit = self._visits.get(original, 0) + 1
         return random.Random(f"{self._seed}/{visit}/{original}").choice(self._states[original])
+
+    def count(self, original: str) -> None:
+        """Count a visit."""
+        self._visits[original] = self._visits.get(original, 0) + 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         states = {
-            original: [[s.prompt, list(s.seeds), s.score, s.first] for s in known]
+            original: [[s.prompt, list(s.seeds), s.score, s.first, s.number] for s in known]
             for original, known in self._states.items()
         }
         return {"states": states, "visits": dict(self._visits)}
@@ -153,9 +169,15 @@ class ImageBuffer:
     def restore(self, data: Mapping[str, Any]) -> None:
         """Takes over what `to_dict` gave."""
         self._states = {
-            original: [State(p, tuple(seeds), score, first) for p, seeds, score, first in known]
+            original: [
+                State(prompt, tuple(seeds), score, first, *(number or [i]))
+                for i, (prompt, seeds, score, first, *number) in enumerate(
+                    known
+                )  # older files have no number
+            ]
             for original, known in data["states"].items()
         }
+        self._added = {original: known[-1].number + 1 for original, known in self._states.items() if known}
         self._visits = dict(data["visits"])
 
 
@@ -183,14 +205,32 @@ class Improvement:
         self._worth, self._drawings, self._walk = worth, drawings, walk
         self.buffer = buffer or ImageBuffer()
         self._keep, self._baseline = keep_incentive, baseline
+        self._shown: dict[tuple[str, int], Any] = {}
 
     def state(self, original: str) -> State:
         """The state that the policy is in, drawn first where the prompt is new. Asks the buffer once."""
+        self._begin(original)
+        return self.buffer.pick(original) if self._walk else self.buffer.states(original)[0]
+
+    def show(self, original: str) -> tuple[State, Any]:
+        """The state that the policy will be in, and the picture to show it: the first one of that state.
+
+        Asked again before the prompt's next group is paid it gives the same.
+        """
+        self._begin(original)
+        state = self.buffer.peek(original) if self._walk else self.buffer.states(original)[0]
+        key = (state.prompt, state.seeds[0])
+        if key not in self._shown:
+            if len(self._shown) >= _SHOWN:
+                self._shown.pop(next(iter(self._shown)))
+            self._shown[key] = self._drawings.images([state.prompt], state.seeds[:1])[0][0]
+        return state, self._shown[key]
+
+    def _begin(self, original: str) -> None:
         if not self.buffer.states(original):
             seeds = self._drawings.seeds(0)
             images = self._drawings.images([original], seeds)[0]
             self.buffer.add(original, self._state(original, original, images, seeds))
-        return self.buffer.pick(original) if self._walk else self.buffer.states(original)[0]
 
     def __call__(self, attempts: Sequence[Attempt], /) -> list[float]:
         """Attempts of one prompt that follow one another are one group."""
@@ -200,7 +240,7 @@ class Improvement:
         return out
 
     def _group(self, original: str, group: Sequence[Attempt]) -> list[float]:
-        state = self.state(original)
+        state = self._paid_for(original, group[0].state)
         before = state.first if self._baseline == "first" else state.score
         values = [
             self._keep if a.kept else self._worth.score(a.images, original, a.refined) - before for a in group
@@ -210,6 +250,14 @@ class Improvement:
             chosen = random.Random(f"{original}/{len(self.buffer.states(original))}").choice(rewrites)
             self.buffer.add(original, self._state(original, chosen.refined, chosen.images, chosen.seeds))
         return values
+
+    def _paid_for(self, original: str, number: int | None) -> State:
+        """The state that a group was shown, by its number; the one that the buffer gives where none was."""
+        found = next((s for s in self.buffer.states(original) if s.number == number), None)
+        if number is None or found is None:
+            return self.state(original)
+        self.buffer.count(original)
+        return found
 
     def _state(self, original: str, prompt: str, images: Sequence[Any], seeds: tuple[int, ...]) -> State:
         score = self._worth.score(images, original, prompt)

@@ -24,7 +24,8 @@ class Attempt:
 
     refined: the original where it was kept, or where the answer was of no use. why: "" for a rewrite, else as
     `safeguard.refiners.clean.read` says. images: drawn from `refined`, empty where nothing is drawn. seeds:
-    of the images.
+    of the images. state: number of the state that the policy was shown, see `picture_rewards.ImageBuffer`;
+    None for one that reads text alone.
     """
 
     original: str = field(repr=False)
@@ -32,6 +33,7 @@ class Attempt:
     why: Why = ""
     images: tuple[Any, ...] = field(default=(), repr=False)
     seeds: tuple[int, ...] = ()
+    state: int | None = None
 
     @property
     def kept(self) -> bool:

@@ -13,7 +13,7 @@ import json
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,22 +24,26 @@ from safeguard.files import write_whole
 from safeguard.refiners.framing import as_data, plain
 from safeguard.refiners.template import FILE_NAME, RefinerTemplate
 from safeguard.refiners.torch_lm import TorchLM, end_tokens
+from safeguard.refiners.torch_vlm import TorchVLM
 from safeguard.train.recipe import Recipe
 from safeguard.train.refiner.judges import load_risk
 from safeguard.train.refiner.pairs import (
     Pair,
     digest,
     file_digests,
+    is_pack,
     read_pack_benign,
     read_pack_pairs,
-    read_pairs,
     read_reinforced,
+    read_rows,
 )
 from safeguard.train.refiner.picture_rewards import Drawings, Improvement
 from safeguard.train.refiner.rewards import EditCost, Intent, Reward, TextSafety, Weighted, attempt
 from safeguard.train.refiner.runs import (
     RefinerResult,
     RunSettings,
+    Schedule,
+    default_template,
     finish_run,
     finite,
     load_adapter,
@@ -49,6 +53,7 @@ from safeguard.train.refiner.runs import (
     quiet,
     trainer_settings,
 )
+from safeguard.train.refiner.vision import picture_digest, sees, shown_prompts
 
 try:
     from datasets import Dataset
@@ -84,7 +89,7 @@ class RefinerRlConfig(RunSettings):
 
     steps: PositiveInt = 150
     learning_rate: PositiveFloat = 2e-5
-    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    schedule: Schedule = "constant_with_warmup"
     warmup_steps: Annotated[int, Field(ge=0)] = 5
     clip_norm: PositiveFloat = 0.1  # IPR
     checkpoint_every: PositiveInt = 25
@@ -141,6 +146,7 @@ class GroupReward:
         completion_ids: Sequence[Sequence[int]],
         *,
         original: Sequence[str],
+        state: Sequence[int | None] | None = None,
         trainer_state: Any = None,
         log_metric: Any = None,
         **_: Any,
@@ -155,6 +161,8 @@ class GroupReward:
             )
             for answer, text, ids in zip(completions, original, completion_ids, strict=True)
         ]
+        if state is not None:
+            attempts = [replace(a, state=number) for a, number in zip(attempts, state, strict=True)]
         if self._rewards.drawings is not None:
             epoch = int(getattr(trainer_state, "epoch", 0) or 0)
             attempts = self._rewards.drawings(attempts, epoch)
@@ -192,9 +200,11 @@ def load_rewards(
     *,
     encoder: Path | None = None,
     pictures: Any = None,
+    sees: bool = False,
 ) -> Rewards:
     """The rewards of a recipe, with their models loaded.
 
+    sees: whether the policy is shown pictures; with IPR's reward it then walks through the image buffer.
     pictures: `safeguard.train.refiner.pictures.PictureModels`, needed for every reward but "text".
     """
     from safeguard.train.refiner.similarity import SentenceSimilarity
@@ -208,20 +218,21 @@ def load_rewards(
         if pictures is None:
             raise ValueError(f"reward {config.reward!r} needs a pipeline, a Q16 check and a CLIP model")
         drawings, worth = pictures.rewards(config)
-        improvement = _improvement(config, worth, drawings) if config.reward == "improvement" else None
+        if config.reward == "improvement":
+            improvement = _improvement(config, worth, drawings, walk=sees)
         parts.append((config.pictures_weight, improvement or worth))
     return Rewards(Weighted(parts, unusable=config.unusable_reward), drawings, improvement)
 
 
-def _improvement(config: RefinerRlConfig, worth: Any, drawings: Drawings) -> Improvement:
+def _improvement(config: RefinerRlConfig, worth: Any, drawings: Drawings, *, walk: bool) -> Improvement:
     baseline: Literal["all", "first"] = "first" if config.compat.single_baseline else "all"
-    return Improvement(worth, drawings, keep_incentive=config.keep_incentive, baseline=baseline)
+    return Improvement(worth, drawings, walk=walk, keep_incentive=config.keep_incentive, baseline=baseline)
 
 
 def read_prompts(data: Path, config: RefinerRlConfig) -> list[Pair]:
     """Prompts to train on, shuffled: the pack's RL prompts, unsafe ones and safe ones, or those of a file."""
-    if not data.is_dir():
-        return [row for row in read_pairs(data) if row.split == "train"]
+    if not is_pack(data):
+        return [row for row in read_rows(data) if row.split == "train"]
     rng = random.Random(f"{config.seed}/prompts")
     unsafe = read_reinforced(data)
     pairs = read_pack_pairs(data, "train")
@@ -251,7 +262,7 @@ def train_refiner_rl(
     adapter: folder of that run; None starts from the bare base, which is then the reference too. Its template
     is taken over. rewards: those of the recipe when None. Raises as `train_refiner_sft` does.
     """
-    template = template or _template(adapter)
+    template = template or _template(adapter, config.base)
     prompts = read_prompts(data, config)
     if not prompts:
         raise ValueError("no prompt to train on")
@@ -263,10 +274,12 @@ def train_refiner_rl(
         "template": template.version,
         "adapter": None if adapter is None else _adapter_digest(adapter),
     }
+    if any(pair.image is not None for pair in prompts):
+        facts["pictures"] = picture_digest(prompts)
     rewards = rewards or load_rewards(config, encoder=encoder)
     needed = (_BUFFER,) if rewards.improvement is not None else ()
     checkpoint = open_run(out, facts, steps=config.steps, resume=resume, needed=needed)
-    trainer, tokenizer, base = _trainer(config, prompts, out, template, rewards, adapter, progress=progress)
+    trainer, processing, base = _trainer(config, prompts, out, template, rewards, adapter, progress=progress)
     if rewards.improvement is not None:
         trainer.add_callback(_KeepBuffer(rewards.improvement))
         if checkpoint is not None:
@@ -279,7 +292,7 @@ def train_refiner_rl(
     return finish_run(
         out,
         trainer,
-        tokenizer,
+        processing,
         template,
         metrics,
         base=base,
@@ -289,11 +302,11 @@ def train_refiner_rl(
     )
 
 
-def _template(adapter: Path | None) -> RefinerTemplate:
-    """That of the supervised run, the default one where it brings none."""
+def _template(adapter: Path | None, base: str) -> RefinerTemplate:
+    """That of the supervised run, the default one of its base model where it brings none."""
     if adapter is not None and (adapter / FILE_NAME).is_file():
         return RefinerTemplate.read(adapter / FILE_NAME)
-    return RefinerTemplate.default()
+    return default_template(base if adapter is None else str(adapter))
 
 
 def _paid(config: RefinerRlConfig, trainer: Any) -> dict[str, Any]:
@@ -341,25 +354,31 @@ def _trainer(
 ) -> tuple[Any, Any, str]:
     args = _arguments(config, out, progress=progress)
     if adapter is None:
-        model, tokenizer = load_base(config)
+        model, processing = load_base(config)
         model, base = new_adapter(model, config), config.base
     else:
-        model, tokenizer, base = load_adapter(adapter, config)
-    lm = TorchLM(model, tokenizer)
-    rows = [{"prompt": grpo_prompt(lm, template, p.prompt), "original": p.prompt} for p in prompts]
+        model, processing, base = load_adapter(adapter, config)
+    if sees(processing):
+        vlm = TorchVLM(model, processing)
+        rows, tokenizer = shown_prompts(vlm, template, prompts, rewards.improvement), vlm.tokenizer
+    else:
+        lm, tokenizer = TorchLM(model, processing), processing
+        rows = Dataset.from_list(
+            [{"prompt": grpo_prompt(lm, template, p.prompt), "original": p.prompt} for p in prompts]
+        )
     ends = [*end_tokens(model, tokenizer), tokenizer.eos_token_id]  # as TRL has them
     reward = GroupReward(rewards, template, ends, verbatim=config.compat.verbatim_answers)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward,
         args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+        train_dataset=rows,
+        processing_class=processing,
     )
     if config.compat.reference_base and "ref" in model.peft_config:
         model.delete_adapter("ref")  # TRL then switches the adapter off, which leaves the bare base
         model.set_adapter("default")
-    return quiet(trainer), tokenizer, base
+    return quiet(trainer), processing, base
 
 
 def _arguments(config: RefinerRlConfig, out: Path, *, progress: bool) -> Any:

